@@ -1,0 +1,27 @@
+"""Pruning of Vision Transformers: plans, shapes, costs and methods. Needs torch and timm only.
+
+>>> from pruners import Plan, PrunableViT, Step, load_method
+>>> vit = PrunableViT.from_timm("vit_tiny_patch16_224", pretrained=False)
+>>> plan = Plan(steps=(Step(pruner=load_method("magnitude"), thresholds={"blocks.0.mlp.fc1":
+0.5}),))
+>>> plan.apply(vit)
+"""
+
+from pruners.cost import Cost, cost_of
+from pruners.plan import Plan, Step
+from pruners.pruner import Pruner, load_method, method_names
+from pruners.shape import BlockShape, ViTShape
+from pruners.vit import PrunableViT
+
+__all__ = [
+    "BlockShape",
+    "Cost",
+    "Plan",
+    "PrunableViT",
+    "Pruner",
+    "Step",
+    "ViTShape",
+    "cost_of",
+    "load_method",
+    "method_names",
+]

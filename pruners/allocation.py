@@ -1,0 +1,97 @@
+"""Layer-wise thresholds for a MACs budget: a global ranking, or one share for all sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pruners.cost import cost_of
+from pruners.shape import ViTShape
+
+
+def rank_globally(
+    shape: ViTShape,
+    step_scores: dict[str, Tensor],
+    shrink: Callable[[dict[str, float]], ViTShape],
+    macs: float,
+) -> dict[str, float]:
+    """Cut, over all sites together, what scores lowest per effective MAC that its removal saves.
+
+    Args:
+        shape: Shape before the cut.
+        step_scores: Site -> [n] scores of removing a first, second, ... unit, ascending. The last
+            one always stays.
+        shrink: Thresholds -> shape after the cut.
+        macs: Effective MACs to reach.
+
+    Returns:
+        Site -> share. The cut is the smallest of the ranking that meets the budget.
+
+    Raises:
+        ValueError: If even the largest cut is above the budget.
+    """
+    base = cost_of(shape).effective_macs
+    per_mac: dict[str, Tensor] = {}
+    for site, scores in step_scores.items():
+        units = scores.numel()
+        if units > 1:
+            probe = max(1, units // 8)  # a unit alone may round to nothing in a rounding shrink
+            saved = (base - cost_of(shrink({site: probe / units})).effective_macs) / probe
+            per_mac[site] = scores[:-1].double().contiguous() / max(saved, 1e-12)
+    if not per_mac:
+        raise ValueError("nothing is left to cut; give a larger budget")
+    ranking = torch.sort(torch.cat(list(per_mac.values()))).values
+
+    def shares(count: int) -> dict[str, float]:
+        if count == 0:
+            return dict.fromkeys(step_scores, 0.0)
+        cutoff = ranking[count - 1]
+        cuts = {
+            site: torch.searchsorted(s, cutoff, right=True).item() for site, s in per_mac.items()
+        }
+        return {site: cuts.get(site, 0) / step_scores[site].numel() for site in step_scores}
+
+    count = smallest(ranking.numel(), lambda n: cost_of(shrink(shares(n))).effective_macs <= macs)
+    if count is None:
+        least = cost_of(shrink(shares(ranking.numel()))).effective_gmacs
+        raise ValueError(
+            f"budget of {macs / 1e9:.4g} effective GMACs is out of reach; {least:.4g} is the least"
+        )
+    return shares(count)
+
+
+def same_share(
+    sites: list[str], shrink: Callable[[dict[str, float]], ViTShape], macs: float, largest: float
+) -> dict[str, float]:
+    """Give every site the same share, the smallest that meets a budget of effective MACs.
+
+    Shares are tried on a grid of `largest` / 4096.
+
+    Raises:
+        ValueError: If even the share `largest` is above the budget.
+    """
+    steps = 4096
+
+    def shares(step: int) -> dict[str, float]:
+        return dict.fromkeys(sites, largest * step / steps)
+
+    step = smallest(steps, lambda n: cost_of(shrink(shares(n))).effective_macs <= macs)
+    if step is None:
+        least = cost_of(shrink(shares(steps))).effective_gmacs
+        raise ValueError(
+            f"budget of {macs / 1e9:.4g} effective GMACs is out of reach; {least:.4g} is the least"
+        )
+    return shares(step)
+
+
+def smallest(largest: int, holds: Callable[[int], bool]) -> int | None:
+    """Return the smallest n in 0..largest for which a monotone predicate holds, or None."""
+    if not holds(largest):
+        return None
+    low, high = 0, largest
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle + 1, high)
+    return low

@@ -1,0 +1,49 @@
+"""First-order Taylor saliency |w * dL/dw| (Molchanov et al., 2019, arXiv:1906.10771, eq. 8).
+
+The paper squares the product; the ranking within a batch is the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+
+from pruners.gradients import batch_gradients
+from pruners.pruner import Batches, Scores
+from pruners.vit import PrunableViT
+from pruners.weight_pruner import WeightPruner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taylor(WeightPruner):
+    """Mean over mini-batches of |w * dL/dw|.
+
+    The absolute value is taken per mini-batch, so that contributions of different batches do not
+    cancel: at a minimum of the training loss the mean gradient itself is close to zero.
+
+    Attributes:
+        num_batches: Mini-batches to average over.
+    """
+
+    num_batches: int = 8
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        if self.num_batches < 1:
+            raise ValueError(f"option num_batches of taylor is {self.num_batches}; give at least 1")
+
+    def score(self, vit: PrunableViT, batches: Batches) -> Scores:
+        """Return the saliency of each weight."""
+        layers = dict(vit.linears())
+        totals = {site: torch.zeros_like(layer.weight) for site, layer in layers.items()}
+        seen = 0
+        for gradients in batch_gradients(vit, islice(batches, self.num_batches)):
+            seen += 1
+            for site, gradient in gradients.items():
+                totals[site] += (layers[site].weight.detach() * gradient).abs()
+        if not seen:
+            raise ValueError("taylor got no batches; give at least one")
+        return {site: total / seen for site, total in totals.items()}

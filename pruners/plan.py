@@ -1,0 +1,152 @@
+"""A plan says, site by site, what share of the network goes; its cost is known beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any, Self
+
+from pruners.pruner import FAMILIES, Batches, Pruner, Scores, Thresholds, load_method
+from pruners.shape import ViTShape
+from pruners.vit import PrunableViT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One method and its thresholds; a step without a positive share does nothing."""
+
+    pruner: Pruner
+    thresholds: Thresholds = field(default_factory=dict)
+
+    @property
+    def active(self) -> bool:
+        """Whether the step cuts anything."""
+        return any(share > 0.0 for share in self.thresholds.values())
+
+    def describe(self) -> str:
+        """Say per kind of site the mean share that is cut, and the range where it varies."""
+        kinds: dict[str, list[float]] = {}
+        for site, share in self.thresholds.items():
+            kinds.setdefault(
+                "weight" if self.pruner.family == "weight" else site.rpartition(".")[2], []
+            ).append(share)
+        return f"{self.pruner.name}: " + ", ".join(
+            f"{k}s -{_percent(shares)}" for k, shares in kinds.items()
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Steps in the order unit (surgery), token (flow), weight (masks on what is left)."""
+
+    steps: tuple[Step, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the order of the families.
+
+        Raises:
+            ValueError: If the steps stand in another order, or if two of them are token steps.
+        """
+        families = [step.pruner.family for step in self.steps]
+        if families != sorted(families, key=FAMILIES.index):
+            names = " -> ".join(f"{step.pruner.name} ({step.pruner.family})" for step in self.steps)
+            raise ValueError(f"steps are {names}; give them in the order {', '.join(FAMILIES)}")
+        if families.count("token") > 1:
+            raise ValueError(
+                f"steps hold {families.count('token')} token methods; give one at most"
+            )
+
+    def shape(self, dense: ViTShape) -> ViTShape:
+        """Return the shape that the plan makes of a shape. Pure.
+
+        Raises:
+            ValueError: If a threshold does not fit, or units or tokens would be cut after weights
+                were masked.
+        """
+        shape = dense
+        for step in self._active():
+            _refuse_late(step, shape)
+            shape = step.pruner.shrink(shape, step.thresholds)
+        return shape
+
+    def apply(
+        self,
+        vit: PrunableViT,
+        batches: Sequence[Any] | Batches = (),
+        scores: Mapping[str, Scores] | None = None,
+    ) -> None:
+        """Cut a model in place.
+
+        Args:
+            vit: The model.
+            batches: Calibration batches, iterated anew by each step that scores.
+            scores: Scores known beforehand, by method name; other methods score the network as it
+                is when they come.
+
+        Raises:
+            ValueError: As `shape` does.
+        """
+        target = self.shape(vit.shape())
+        for step in self._active():
+            known = (scores or {}).get(step.pruner.name)
+            step.pruner.cut(
+                vit, step.pruner.score(vit, batches) if known is None else known, step.thresholds
+            )
+        if vit.shape() != target:
+            raise AssertionError(f"plan {self.describe()} made another shape than it predicted")
+
+    def describe(self) -> str:
+        """Say the plan in one line."""
+        return "; ".join(step.describe() for step in self._active()) or "dense"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON values."""
+        return {
+            "steps": [
+                {
+                    "method": s.pruner.name,
+                    "options": s.pruner.options(),
+                    "thresholds": dict(s.thresholds),
+                }
+                for s in self.steps
+            ]
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: If a key is missing, or a method or an option is unknown.
+        """
+        try:
+            steps = [(s["method"], s["options"], s["thresholds"]) for s in values["steps"]]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"plan lacks {error}; give what Plan.to_json writes") from error
+        return cls(
+            steps=tuple(
+                Step(pruner=load_method(m, **options), thresholds=dict(t))
+                for m, options, t in steps
+            )
+        )
+
+    def _active(self) -> list[Step]:
+        return [step for step in self.steps if step.active]
+
+
+def _refuse_late(step: Step, shape: ViTShape) -> None:
+    """Refuse to cut units or tokens after a later family: costs and scores would be wrong."""
+    reduced = any(block.tokens != block.mlp_tokens for block in shape.blocks)
+    if step.pruner.family != "weight" and (shape.nonzero or reduced):
+        earlier = "masked weights" if shape.nonzero else "reduced tokens"
+        raise ValueError(
+            f"step {step.pruner.name} cuts {step.pruner.family}s of a model with {earlier}; "
+            "cut them first"
+        )
+
+
+def _percent(shares: Sequence[float]) -> str:
+    low, high = 100 * min(shares), 100 * max(shares)
+    mean = f"{100 * fmean(shares):.0f} %"
+    return mean if high - low < 1.0 else f"{mean} ({low:.0f} to {high:.0f})"

@@ -1,0 +1,139 @@
+"""What a pruning method is: `Pruner`, its three families, and `load_method`.
+
+A *unit* method removes heads, head dims, neurons or branches; a *token* method lets fewer tokens
+flow; a *weight* method zeroes single weights. A threshold is a share: for each site the share of
+its units to cut, lowest scores first. So cost is a pure function of the thresholds (`shrink`), and
+thresholds mean the same for every method.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from pruners.shape import ViTShape
+from pruners.tokens import TokenReducer
+from pruners.vit import PrunableViT
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+"""Images [B, channels, height, width], normalised, and labels [B]."""
+
+Scores = dict[str, Tensor]
+"""Site -> one score per unit or weight; higher is kept."""
+
+Thresholds = Mapping[str, float]
+"""Site -> share of its units to cut; a site that is absent is not cut."""
+
+FAMILIES = ("unit", "token", "weight")
+"""The families, in the order in which a plan applies them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruner(abc.ABC):
+    """A pruning method: a frozen dataclass of its own options."""
+
+    family: ClassVar[str]
+    whole_sites: ClassVar[bool] = False
+    """Whether a threshold of 1 is allowed; it removes the whole branch of its site."""
+
+    @property
+    def name(self) -> str:
+        """The method's name: that of its file."""
+        return type(self).__module__.rpartition(".")[2]
+
+    def options(self) -> dict[str, Any]:
+        """The options as JSON values; `load_method(name, **options)` gives an equal method."""
+        return dataclasses.asdict(self)
+
+    @abc.abstractmethod
+    def sites(self, shape: ViTShape) -> dict[str, int]:
+        """Return each site that can be cut in a network of that shape, and its number of units."""
+
+    @abc.abstractmethod
+    def score(self, vit: PrunableViT, batches: Batches) -> Scores:
+        """Score the units of each site. `vit` is left as it was."""
+
+    @abc.abstractmethod
+    def allocate(self, shape: ViTShape, scores: Scores, macs: float) -> Thresholds:
+        """Propose thresholds whose shape has at most `macs` effective MACs.
+
+        Raises:
+            ValueError: If this method alone cannot get there.
+        """
+
+    @abc.abstractmethod
+    def shrink(self, shape: ViTShape, thresholds: Thresholds) -> ViTShape:
+        """Return the shape after the cut, without doing it. Pure."""
+
+    @abc.abstractmethod
+    def cut(self, vit: PrunableViT, scores: Scores, thresholds: Thresholds) -> None:
+        """Cut in place."""
+
+    def check(self, shape: ViTShape, thresholds: Thresholds) -> None:
+        """Raise a ValueError for an unknown site or a share out of range."""
+        sites = self.sites(shape)
+        for site, share in thresholds.items():
+            if site not in sites:
+                raise ValueError(
+                    f"threshold of {site!r} names no site of {self.name}; its sites are like "
+                    f"{', '.join(list(sites)[:3]) or '(none left)'}"
+                )
+            if not (0.0 <= share < 1.0 or (share == 1.0 and self.whole_sites)):
+                raise ValueError(
+                    f"threshold of {site} is {share}; "
+                    "give the share of units to cut, 0 <= share < 1"
+                    + (", or 1 for the whole branch" if self.whole_sites else "")
+                )
+
+
+class TokenPruner(Pruner, abc.ABC):
+    """Interface of the token family; see `pruners.token_pruner` for what its methods share."""
+
+    family: ClassVar[str] = "token"
+
+    @abc.abstractmethod
+    def reducer(self, shape: ViTShape, share: float) -> TokenReducer:
+        """Return the module that drops `share` of the patch tokens of one block."""
+
+
+def method_names() -> list[str]:
+    """Names of the methods that exist: the files of `pruners/methods/`."""
+    package = importlib.import_module("pruners.methods")
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def load_method(name: str, **options: Any) -> Pruner:
+    """Build the method `name` with the given options.
+
+    Raises:
+        ValueError: For an unknown name or option, with those that exist.
+    """
+    names = method_names()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"method {name!r} does not exist; {hint}there are {', '.join(names)}")
+    module = importlib.import_module(f"pruners.methods.{name}")
+    (method,) = (
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, Pruner)
+        and value.__module__ == module.__name__
+    )
+    known = [f.name for f in dataclasses.fields(method)]
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(
+            f"option {unknown[0]!r} of {name} is unknown; "
+            f"it takes {', '.join(known) or 'no options'}"
+        )
+    # TOML and JSON have lists where options are tuples.
+    return method(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})

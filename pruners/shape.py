@@ -1,0 +1,123 @@
+"""What is left of a Vision Transformer, as plain numbers.
+
+A shape is what surgery realises, what cost is computed from, what a checkpoint is rebuilt from and
+what MLflow stores. Letters used for sizes: `N` tokens, `D` width, `H` heads, `K` q/k width of a
+head, `V` v width of a head, `F` neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockShape:
+    """One transformer block: what enters it and what is left of it.
+
+    Attributes:
+        tokens: Tokens that enter the attention branch, prefix tokens included.
+        mlp_tokens: Tokens that enter the MLP branch and leave the block.
+        heads: Attention heads; 0 means that the whole attention branch is gone.
+        qk_dim: Width of q and k in each head.
+        v_dim: Width of v in each head.
+        hidden: MLP neurons; 0 means that the whole MLP branch is gone.
+        reducer_macs: Multiply-adds that reducing the tokens itself costs per image.
+    """
+
+    tokens: int
+    mlp_tokens: int
+    heads: int
+    qk_dim: int
+    v_dim: int
+    hidden: int
+    reducer_macs: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTShape:
+    """A whole network: fixed sizes, and one `BlockShape` per block.
+
+    Attributes:
+        dim: Width D of the residual stream.
+        image: Height and width of the input in pixels.
+        patch: Height and width of a patch in pixels.
+        channels: Input channels.
+        classes: Outputs of the classifier; 0 without one.
+        classifiers: Linear classifiers (2 for a distilled DeiT).
+        class_token: Whether the first token is a class token.
+        prefix_tokens: Class, distillation and register tokens.
+        qkv_bias: Whether the qkv layers have a bias.
+        proj_bias: Whether proj, fc1 and fc2 have a bias.
+        qk_norm: Whether q and k are normalised over a head's width, which ties all its q/k dims
+            together.
+        outer_params: Parameters outside the blocks.
+        attn_branch_params: Parameters of an attention branch besides qkv and proj (norms,
+            LayerScale).
+        mlp_branch_params: Parameters of an MLP branch besides fc1 and fc2.
+        blocks: The blocks, first to last.
+        nonzero: Weights that are not masked, by linear layer; a layer that is absent is dense.
+    """
+
+    dim: int
+    image: tuple[int, int]
+    patch: tuple[int, int]
+    channels: int
+    classes: int
+    classifiers: int
+    class_token: bool
+    prefix_tokens: int
+    qkv_bias: bool
+    proj_bias: bool
+    qk_norm: bool
+    outer_params: int
+    attn_branch_params: int
+    mlp_branch_params: int
+    blocks: tuple[BlockShape, ...]
+    nonzero: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def patches(self) -> int:
+        """Patches of one image."""
+        return (self.image[0] // self.patch[0]) * (self.image[1] // self.patch[1])
+
+    def linears(self) -> Iterator[tuple[str, int, int, int]]:
+        """Yield (site, out features, in features, tokens) of each linear layer in the blocks."""
+        for index, block in enumerate(self.blocks):
+            if block.heads:
+                inner = block.heads * block.v_dim
+                qkv = 2 * block.heads * block.qk_dim + inner
+                yield f"blocks.{index}.attn.qkv", qkv, self.dim, block.tokens
+                yield f"blocks.{index}.attn.proj", self.dim, inner, block.tokens
+            if block.hidden:
+                yield f"blocks.{index}.mlp.fc1", block.hidden, self.dim, block.mlp_tokens
+                yield f"blocks.{index}.mlp.fc2", self.dim, block.hidden, block.mlp_tokens
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a dictionary of plain numbers, lists and strings."""
+        return asdict(self) | {"nonzero": dict(self.nonzero)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ViTShape:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: If a field is missing or unknown.
+        """
+        known, given = {f.name for f in fields(cls)}, set(values)
+        if known != given:
+            raise ValueError(
+                f"shape has missing fields {sorted(known - given)} and unknown fields "
+                f"{sorted(given - known)}; give what ViTShape.to_json writes"
+            )
+        blocks = tuple(BlockShape(**block) for block in values["blocks"])
+        image, patch = tuple(values["image"]), tuple(values["patch"])
+        return cls(**{**values, "image": image, "patch": patch, "blocks": blocks})
+
+
+def units_kept(units: int, share: float) -> int:
+    """Return how many units stay when `share` of them is cut: at least one unless it is 1."""
+    if share >= 1.0:
+        return 0
+    return max(1, units - int(share * units + 0.5))

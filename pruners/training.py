@@ -1,0 +1,261 @@
+"""Fine-tuning of a pruned model, with the dense model as teacher, and its evaluation."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pruners.masks import apply_masks
+from pruners.pruner import Batches
+from pruners.vit import PrunableViT
+
+Precision = Literal["auto", "float32", "bfloat16"]
+_CHECK_EVERY = 10  # steps; reading the loss waits for the device
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The training loss became infinite or not a number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a model is fine-tuned.
+
+    Attributes:
+        epochs: Passes over the training set.
+        lr: Peak learning rate of AdamW.
+        weight_decay: Decoupled weight decay of matrices; vectors (biases, norms, scales) have none.
+        warmup: Share of the steps in which the learning rate rises linearly; it then falls as a
+            cosine to 1 % of `lr`.
+        label_smoothing: Smoothing of the cross-entropy, 0 <= x < 1.
+        clip: Largest gradient norm.
+        distill: Share of the distillation term in the loss; 0 needs no teacher.
+        temperature: Temperature of the distillation term.
+        precision: "auto" takes bfloat16 autocast where the hardware computes it natively.
+    """
+
+    epochs: int = 3
+    lr: float = 5e-4
+    weight_decay: float = 0.05
+    warmup: float = 0.1
+    label_smoothing: float = 0.0
+    clip: float = 1.0
+    distill: float = 0.5
+    temperature: float = 1.0
+    precision: Precision = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What a pass over labelled images measured.
+
+    Attributes:
+        top1: Share of images whose highest logit is the label's, in percent.
+        loss: Mean cross-entropy.
+        images: Number of images.
+        images_per_s: Median over full batches, the first one left out as warm-up where there are
+            several; the forward pass only.
+    """
+
+    top1: float
+    loss: float
+    images: int
+    images_per_s: float
+
+
+class FineTuner:
+    """Trains a model epoch by epoch; zeros stay zero.
+
+    The loss is (1 - distill) * CE + distill * T^2 * KL(teacher || student), the divergence summed
+    over classes and averaged over the batch (Hinton et al., 2015, arXiv:1503.02531).
+    """
+
+    def __init__(
+        self,
+        vit: PrunableViT,
+        recipe: Recipe,
+        steps_per_epoch: int,
+        teacher: PrunableViT | None = None,
+    ) -> None:
+        """Prepare the optimiser.
+
+        Raises:
+            ValueError: If the recipe distils and there is no teacher.
+        """
+        if recipe.distill > 0.0 and teacher is None:
+            raise ValueError(
+                f"distill is {recipe.distill} but there is no teacher; give one, or distill = 0"
+            )
+        self.vit, self.recipe, self.teacher = vit, recipe, teacher
+        self.device = next(vit.parameters()).device
+        self.autocast = autocast_dtype(recipe.precision, self.device)
+        vit.use_fused_attention(fused=self.device.type == "cuda")
+        matrices = [p for p in vit.parameters() if p.requires_grad and p.ndim > 1]
+        vectors = [p for p in vit.parameters() if p.requires_grad and p.ndim <= 1]
+        groups = [
+            {"params": matrices, "weight_decay": recipe.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr)
+        total = max(1, recipe.epochs * steps_per_epoch)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: schedule_factor(step, total, recipe.warmup)
+        )
+
+    def train_epoch(self, batches: Batches) -> float:
+        """Train on the batches and return the mean loss.
+
+        Raises:
+            NonFiniteLossError: If the loss is not finite.
+            ValueError: If there are no batches.
+        """
+        self.vit.train()
+        layers = dict(self.vit.linears())
+        masks = {site: mask.to(self.device) for site, mask in self.vit.masks.items()}
+        total, steps = torch.zeros((), device=self.device), 0
+        for images, labels in batches:
+            total += self._step(images.to(self.device), labels.to(self.device))
+            apply_masks(layers, masks)
+            steps += 1
+            if steps % _CHECK_EVERY == 0:
+                _check_finite(total, steps)
+        if steps == 0:
+            raise ValueError("an epoch has no batches; give more images or a smaller batch_size")
+        _check_finite(total, steps)
+        return total.item() / steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the optimiser and the schedule."""
+        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+
+    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            logits = self.vit(images).float()
+            targets = self._teach(images)
+        loss = self._loss(logits, labels, targets)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.vit.parameters(), self.recipe.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        return loss.detach()
+
+    def _teach(self, images: Tensor) -> Tensor | None:
+        if self.teacher is None or self.recipe.distill == 0.0:
+            return None
+        with torch.no_grad():
+            return self.teacher(images).float()
+
+    def _loss(self, logits: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
+        recipe = self.recipe
+        loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+        if targets is None:
+            return loss
+        return (1.0 - recipe.distill) * loss + recipe.distill * distillation(
+            logits, targets, recipe.temperature
+        )
+
+
+def distillation(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """Return T^2 * KL(softmax(targets / T) || softmax(logits / T)), averaged over the batch.
+
+    Args:
+        logits: [B, classes] of the student.
+        targets: [B, classes] logits of the teacher.
+        temperature: T.
+    """
+    student = F.log_softmax(logits / temperature, dim=-1)
+    teacher = F.log_softmax(targets / temperature, dim=-1)
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def schedule_factor(step: int, total: int, warmup: float) -> float:
+    """Learning rate of step 0, 1, ... as a share of its peak: warm-up, then a cosine to 0.01."""
+    rise = int(warmup * total)
+    if step < rise:
+        return (step + 1) / rise
+    progress = min(1.0, (step - rise) / max(1, total - rise))
+    return 0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
+    """Return the autocast type of training, or None for float32.
+
+    "auto" takes bfloat16 only where the hardware multiplies it natively: elsewhere it is emulated
+    and slower than float32.
+    """
+    if precision == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            features = torch.cpu.get_capabilities()
+            native = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+        return torch.bfloat16 if native else None
+    return torch.bfloat16 if precision == "bfloat16" else None
+
+
+@torch.inference_mode()
+def evaluate(vit: PrunableViT, batches: Batches) -> Evaluation:
+    """Measure a model on labelled images, in float32.
+
+    Raises:
+        ValueError: If there are no images.
+    """
+    was_training = vit.training
+    vit.eval()
+    device = next(vit.parameters()).device
+    correct, loss, images_seen = 0, 0.0, 0
+    timings: list[tuple[int, float]] = []
+    for images, labels in batches:
+        images, labels = images.to(device), labels.to(device)
+        start = time.perf_counter()
+        logits = vit(images)
+        _wait(device)
+        timings.append((len(labels), time.perf_counter() - start))
+        correct += int((logits.argmax(dim=1) == labels).sum())
+        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        images_seen += len(labels)
+    vit.train(was_training)
+    if images_seen == 0:
+        raise ValueError("there are no images to evaluate on; give a set with at least one")
+    return Evaluation(
+        top1=100.0 * correct / images_seen,
+        loss=loss / images_seen,
+        images=images_seen,
+        images_per_s=images_per_second(timings),
+    )
+
+
+def images_per_second(timings: list[tuple[int, float]]) -> float:
+    """Return the median rate of (images, seconds) pairs of the largest batch size.
+
+    The first is left out as warm-up if others remain.
+    """
+    largest = max(count for count, _ in timings)
+    rates = [count / seconds for count, seconds in timings if count == largest]
+    return statistics.median(rates[1:] or rates)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _check_finite(total: Tensor, steps: int) -> None:
+    if not torch.isfinite(total):
+        raise NonFiniteLossError(
+            f"loss is {total.item()} within the first {steps} steps of the epoch"
+        )

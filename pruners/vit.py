@@ -1,0 +1,264 @@
+"""`PrunableViT`: a timm `VisionTransformer` that can lose units, tokens and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from timm.layers import Attention as TimmAttention
+from timm.layers import Mlp, PatchEmbed
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block as TimmBlock
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from pruners.attention import Attention
+from pruners.shape import BlockShape, ViTShape
+from pruners.tokens import TokenReducer
+
+
+class Block(nn.Module):
+    """A pre-norm block that may lack a branch and may pass fewer tokens on than it got.
+
+    Attributes:
+        attn: The attention branch, or None where it was removed.
+        mlp: The MLP branch, or None where it was removed.
+        reducer: Reduces the tokens between the two branches, or None.
+    """
+
+    def __init__(self, block: TimmBlock) -> None:
+        """Take over the layers of a timm block."""
+        super().__init__()
+        self.norm1: nn.Module | None = block.norm1
+        self.attn: Attention | None = Attention(block.attn)
+        self.ls1: nn.Module | None = block.ls1
+        self.drop_path1: nn.Module = block.drop_path1
+        self.reducer: TokenReducer | None = None
+        self.norm2: nn.Module | None = block.norm2
+        self.mlp: Mlp | None = block.mlp
+        self.ls2: nn.Module | None = block.ls2
+        self.drop_path2: nn.Module = block.drop_path2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the block. `x` is [B, N, D]; the result is [B, M, D] with M <= N."""
+        if self.attn is not None and self.norm1 is not None and self.ls1 is not None:
+            attended = self.attn(self.norm1(x))
+            x = x + self.drop_path1(self.ls1(attended.output))
+            if self.reducer is not None:
+                x = self.reducer(x, attended.query, attended.key, self.attn.scale)
+        if self.mlp is not None and self.norm2 is not None and self.ls2 is not None:
+            x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x
+
+
+class PrunableViT(nn.Module):
+    """A timm `VisionTransformer` with an explicit forward whose parts can be cut.
+
+    Untouched, its output equals timm's bit for bit. Build one with `from_timm`, `from_safetensors`,
+    `from_state_dict` or `load`; wrapping a model of your own with `PrunableViT(vit)` takes that
+    model over (its blocks are replaced).
+
+    Attributes:
+        vit: The timm model; its parameter names are timm's.
+        masks: Linear layer -> bool tensor of the weight's shape, True where the weight is kept.
+            Layers without a mask are dense.
+        arch: `{"name": timm name or None, "args": constructor arguments}`, or None if unknown;
+            needed to save.
+        mean: Mean per input channel the images are normalised by, if known.
+        std: Standard deviation per input channel, if known.
+    """
+
+    def __init__(
+        self,
+        vit: VisionTransformer,
+        *,
+        arch: Mapping[str, Any] | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+    ) -> None:
+        """Take over a timm model.
+
+        Raises:
+            ValueError: If a module of it cannot be pruned; the message names the module.
+        """
+        super().__init__()
+        refuse_unsupported(vit)
+        vit.blocks = nn.Sequential(*(Block(block) for block in vit.blocks))
+        self.vit = vit
+        self.masks: dict[str, Tensor] = {}
+        self.arch = dict(arch) if arch is not None else None
+        self.mean = mean
+        self.std = std
+
+    @classmethod
+    def from_timm(cls, name: str, *, pretrained: bool = True, **args: Any) -> Self:
+        """Build a timm model by name, with timm's own weights unless `pretrained` is false."""
+        from pruners.checkpoint import build
+
+        return cls(**build(name, args, pretrained=pretrained))
+
+    @classmethod
+    def from_state_dict(
+        cls, state: Mapping[str, Tensor], name: str | None = None, **args: Any
+    ) -> Self:
+        """Build timm's `name`, or a plain `VisionTransformer(**args)`, with the given weights."""
+        from pruners.checkpoint import build, load_weights
+
+        parts = build(name, args)
+        load_weights(parts["vit"], state, source="the state dict")
+        return cls(**parts)
+
+    @classmethod
+    def from_safetensors(cls, path: str | Path, name: str | None = None, **args: Any) -> Self:
+        """Read weights from a safetensors file.
+
+        Without `name` and `args` the file's metadata must hold `arch`: the arguments of
+        `VisionTransformer` as JSON.
+        """
+        from pruners.checkpoint import build, load_weights, read_safetensors
+
+        state, file_args = read_safetensors(Path(path))
+        if name is None and not args and file_args is None:
+            raise ValueError(f"model {path} says nothing of its architecture; give name or args")
+        parts = build(name, args if name is not None else {**(file_args or {}), **args})
+        load_weights(parts["vit"], state, source=str(path))
+        return cls(**parts)
+
+    @classmethod
+    def load(cls, path: str | Path) -> PrunableViT:
+        """Open a directory written by `save`."""
+        from pruners.checkpoint import load
+
+        return load(Path(path))
+
+    def save(self, path: str | Path, measured: Mapping[str, Any] | None = None) -> None:
+        """Write a directory of `model.safetensors` and `shape.json` that `load` opens.
+
+        Args:
+            path: Directory; made if needed.
+            measured: What was measured on this model (accuracy, speed), kept in `shape.json` for
+                its users.
+        """
+        from pruners.checkpoint import save
+
+        save(self, Path(path), measured or {})
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits [B, classes] of normalised images [B, channels, height, width]."""
+        x = self.vit.patch_embed(images)
+        x = self.vit._pos_embed(x)
+        x = self.vit.patch_drop(x)
+        x = self.vit.norm_pre(x)
+        for block in self.blocks:
+            x = block(x)  # [B, N, D], N may shrink
+        return self.vit.forward_head(self.vit.norm(x))
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks, first to last."""
+        return [block for block in self.vit.blocks if isinstance(block, Block)]
+
+    def linears(self) -> Iterator[tuple[str, nn.Linear]]:
+        """Yield (site, layer) of every linear layer in the blocks, whose weights may be masked."""
+        for index, block in enumerate(self.blocks):
+            if block.attn is not None:
+                yield f"blocks.{index}.attn.qkv", block.attn.qkv
+                yield f"blocks.{index}.attn.proj", block.attn.proj
+            if block.mlp is not None:
+                yield f"blocks.{index}.mlp.fc1", block.mlp.fc1
+                yield f"blocks.{index}.mlp.fc2", block.mlp.fc2
+
+    def use_fused_attention(self, fused: bool) -> None:
+        """Choose PyTorch's fused attention kernels or plain matrix products, for every block."""
+        for block in self.blocks:
+            if block.attn is not None:
+                block.attn.fused_attn = fused
+
+    def shape(self) -> ViTShape:
+        """Measure the shape of the model as it stands."""
+        vit = self.vit
+        size = vit.patch_embed.img_size
+        outer = sum(p.numel() for n, p in vit.named_parameters() if not n.startswith("blocks."))
+        tokens = vit.patch_embed.num_patches + vit.num_prefix_tokens
+        blocks: list[BlockShape] = []
+        for block in self.blocks:
+            blocks.append(_block_shape(block, tokens))
+            tokens = blocks[-1].mlp_tokens
+        attentions = [b for b in self.blocks if b.attn is not None]
+        mlps = [b for b in self.blocks if b.mlp is not None]
+        return ViTShape(
+            dim=vit.embed_dim,
+            image=(size[0], size[1]),
+            patch=(vit.patch_embed.patch_size[0], vit.patch_embed.patch_size[1]),
+            channels=vit.in_chans,
+            classes=vit.num_classes,
+            classifiers=2 if isinstance(vit, VisionTransformerDistilled) else 1,
+            class_token=vit.has_class_token,
+            prefix_tokens=vit.num_prefix_tokens,
+            qkv_bias=any(b.attn.qkv.bias is not None for b in attentions if b.attn),
+            proj_bias=any(
+                layer.bias is not None for n, layer in self.linears() if not n.endswith("qkv")
+            ),
+            qk_norm=any(not isinstance(b.attn.q_norm, nn.Identity) for b in attentions if b.attn),
+            outer_params=outer,
+            attn_branch_params=_attn_branch_params(attentions[0]) if attentions else 0,
+            mlp_branch_params=_numel(mlps[0].norm2, mlps[0].ls2) if mlps else 0,
+            blocks=tuple(blocks),
+            nonzero={site: int(mask.sum()) for site, mask in self.masks.items()},
+        )
+
+
+def _block_shape(block: Block, tokens: int) -> BlockShape:
+    after, macs = tokens, 0
+    attn, reducer = block.attn, block.reducer
+    if attn is not None and reducer is not None:
+        after = reducer.tokens_after(tokens)
+        macs = reducer.macs(tokens, attn.heads, attn.qk_dim, attn.proj.out_features)
+    return BlockShape(
+        tokens=tokens,
+        mlp_tokens=after,
+        heads=attn.heads if attn is not None else 0,
+        qk_dim=attn.qk_dim if attn is not None else 0,
+        v_dim=attn.v_dim if attn is not None else 0,
+        hidden=block.mlp.fc1.out_features if block.mlp is not None else 0,
+        reducer_macs=macs,
+    )
+
+
+def _attn_branch_params(block: Block) -> int:
+    attn = block.attn
+    return _numel(block.norm1, block.ls1, attn.q_norm, attn.k_norm) if attn is not None else 0
+
+
+def _numel(*modules: nn.Module | None) -> int:
+    return sum(p.numel() for module in modules if module is not None for p in module.parameters())
+
+
+def refuse_unsupported(vit: nn.Module) -> None:
+    """Raise a ValueError that names the first module that pruning does not understand."""
+    if type(vit) not in (VisionTransformer, VisionTransformerDistilled):
+        raise ValueError(f"model is a {type(vit).__name__}; give a timm VisionTransformer")
+    if vit.attn_pool is not None:
+        raise ValueError(
+            f"attn_pool is {type(vit.attn_pool).__name__}; give token or average pooling"
+        )
+    if not vit.global_pool:
+        raise ValueError(
+            "global_pool is empty; give 'token' or 'avg', so that the model classifies"
+        )
+    _require(vit.patch_embed, PatchEmbed, "patch_embed")
+    for index, block in enumerate(vit.blocks):
+        _require(block, TimmBlock, f"blocks.{index}")
+        _require(block.attn, TimmAttention, f"blocks.{index}.attn")
+        _require(block.mlp, Mlp, f"blocks.{index}.mlp")
+        _require(block.attn.norm, nn.Identity, f"blocks.{index}.attn.norm")
+        _require(block.mlp.norm, nn.Identity, f"blocks.{index}.mlp.norm")
+        _require(block.mlp.fc1, nn.Linear, f"blocks.{index}.mlp.fc1")
+        if block.attn.gate is not None:
+            raise ValueError(f"blocks.{index}.attn.gate is set; gated attention is not supported")
+
+
+def _require(module: nn.Module, kind: type[nn.Module], name: str) -> None:
+    if type(module) is not kind:
+        raise ValueError(f"{name} is a {type(module).__name__}; only {kind.__name__} is supported")
