@@ -6,6 +6,7 @@ rest is JSON.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
 import os
@@ -57,7 +58,7 @@ def build(name: str | None, args: Mapping[str, Any], *, pretrained: bool = False
             )
         return {"vit": VisionTransformer(**args), "arch": arch}
     if not timm.is_model(name.split(".")[0]):
-        near = timm.list_models(f"*{name[:8]}*")[:5] or ["vit_small_patch16_224"]
+        near = difflib.get_close_matches(name, timm.list_models(), 5, cutoff=0.0)
         raise ValueError(
             f"model name {name!r} is unknown to timm; names like it: {', '.join(near)}"
         )

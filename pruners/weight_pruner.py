@@ -65,11 +65,10 @@ class WeightPruner(Pruner, abc.ABC):
         """Mask the lowest scores of each layer; weights that were masked before stay so."""
         target = self.shrink(vit.shape(), thresholds)
         layers = dict(vit.linears())
-        for site in (s for s, share in thresholds.items() if share > 0.0):
+        for site in (s for s, share in thresholds.items() if share > 0.0 and s in target.nonzero):
             score = scores[site]
             if site in vit.masks:
                 score = score.masked_fill(~vit.masks[site].to(score.device), float("-inf"))
-            weights = layers[site].weight.numel()
-            mask = keep_highest(score, target.nonzero.get(site, weights))
+            mask = keep_highest(score, target.nonzero[site])
             vit.masks[site] = mask.to(layers[site].weight.device)
         apply_masks(layers, vit.masks)

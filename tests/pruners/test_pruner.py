@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import pytest
+
+from pruners import load_method, method_names
+
+
+def test_methods_are_the_files_of_the_folder() -> None:
+    assert {"evit", "grouped", "magnitude", "taylor"} <= set(method_names())
+    for name in method_names():
+        assert load_method(name).name == name
+
+
+def test_unknown_methods_and_options_say_what_exists() -> None:
+    with pytest.raises(
+        ValueError, match=r"'magnitud' does not exist; did you mean 'magnitude'\?.*evit"
+    ):
+        load_method("magnitud")
+    with pytest.raises(ValueError, match=r"there are .*grouped"):
+        load_method("zzz")
+    with pytest.raises(ValueError, match="option 'shar' of evit is unknown; it takes fuse"):
+        load_method("evit", shar=1)
+
+
+def test_options_from_toml_lists_become_tuples() -> None:
+    assert load_method("grouped", units=["neuron"]) == load_method("grouped", units=("neuron",))

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pruners import Plan, Step, load_method
+from pruners.training import (
+    FineTuner,
+    NonFiniteLossError,
+    Recipe,
+    autocast_dtype,
+    distillation,
+    evaluate,
+    images_per_second,
+    schedule_factor,
+)
+
+PLAIN = Recipe(epochs=2, lr=1e-3, distill=0.0, precision="float32")
+
+
+def test_masked_weights_stay_zero_and_the_others_move(tiny, batches) -> None:
+    vit = tiny()
+    magnitude = load_method("magnitude")
+    thresholds = dict.fromkeys(magnitude.sites(vit.shape()), 0.6)
+    Plan(steps=(Step(pruner=magnitude, thresholds=thresholds),)).apply(vit)
+    before = {site: layer.weight.detach().clone() for site, layer in vit.linears()}
+    FineTuner(vit, PLAIN, steps_per_epoch=3).train_epoch(batches)
+    for site, layer in vit.linears():
+        assert (layer.weight[~vit.masks[site]] == 0).all(), site
+        assert (layer.weight != before[site])[vit.masks[site]].float().mean() > 0.99, site
+
+
+def test_training_lowers_the_loss_and_learns_the_labels(tiny, batches) -> None:
+    vit = tiny()
+    tuner = FineTuner(
+        vit, Recipe(epochs=30, lr=3e-3, distill=0.0, precision="float32"), steps_per_epoch=3
+    )
+    losses = [tuner.train_epoch(batches) for _ in range(30)]
+    assert losses[-1] < 0.3 * losses[0]
+    assert evaluate(vit, batches).top1 > 90.0
+
+
+def test_a_resumed_run_is_the_same_run(tiny, batches) -> None:
+    straight = tiny()
+    halfway = copy.deepcopy(straight)
+    tuner = FineTuner(straight, PLAIN, steps_per_epoch=3)
+    tuner.train_epoch(batches)
+    tuner.train_epoch(batches)
+    first = FineTuner(halfway, PLAIN, steps_per_epoch=3)
+    first.train_epoch(batches)
+    resumed = FineTuner(halfway, PLAIN, steps_per_epoch=3)
+    resumed.load_state_dict(copy.deepcopy(first.state_dict()))
+    resumed.train_epoch(batches)
+    for ours, theirs in zip(halfway.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_one_step_without_extras_is_adamw(tiny, batches) -> None:
+    vit = tiny()
+    reference = copy.deepcopy(vit)
+    recipe = Recipe(
+        epochs=1, lr=1e-3, weight_decay=0.1, warmup=0.0, clip=1e9, distill=0.0, precision="float32"
+    )
+    FineTuner(vit, recipe, steps_per_epoch=1).train_epoch(batches[:1])
+    decay = [p for p in reference.parameters() if p.ndim > 1]
+    rest = [p for p in reference.parameters() if p.ndim <= 1]
+    adamw = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=1e-3
+    )
+    reference.use_fused_attention(False)
+    F.cross_entropy(reference(batches[0][0]), batches[0][1]).backward()
+    adamw.step()
+    for ours, theirs in zip(vit.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_gradients_are_clipped(tiny, batches) -> None:
+    vit = tiny()
+    FineTuner(vit, Recipe(epochs=1, clip=0.01, distill=0.0, precision="float32"), 3).train_epoch(
+        batches[:1]
+    )
+    norm = torch.stack([p.grad.norm() for p in vit.parameters()]).norm()
+    assert norm <= 0.01 * 1.001
+
+
+def test_distillation_is_the_divergence_from_the_teacher() -> None:
+    logits = torch.randn(4, 5, dtype=torch.double)
+    targets = torch.randn(4, 5, dtype=torch.double)
+    p, q = (targets / 3.0).softmax(1), (logits / 3.0).softmax(1)
+    expected = 9.0 * (p * (p / q).log()).sum(1).mean()
+    torch.testing.assert_close(distillation(logits, targets, 3.0), expected)
+    assert distillation(targets, targets, 3.0).abs() < 1e-12
+
+
+def test_pure_distillation_ignores_the_labels(tiny, batches) -> None:
+    teacher = tiny()
+    recipe = Recipe(epochs=1, distill=1.0, precision="float32")
+    students = []
+    for shift in (0, 1):
+        student = tiny()
+        data = [(images, (labels + shift) % 5) for images, labels in batches]
+        FineTuner(student, recipe, 3, teacher).train_epoch(data)
+        students.append(student)
+    for first, second in zip(students[0].parameters(), students[1].parameters(), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_distilling_without_a_teacher_is_refused(tiny) -> None:
+    with pytest.raises(ValueError, match=r"distill is 0.5 but there is no teacher"):
+        FineTuner(tiny(), Recipe(distill=0.5), 3)
+
+
+def test_a_loss_that_is_not_finite_stops_by_name(tiny, batches) -> None:
+    vit = tiny()
+    with torch.no_grad():
+        vit.vit.head.weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteLossError, match="loss is nan within the first 3 steps"):
+        FineTuner(vit, PLAIN, 3).train_epoch(batches)
+
+
+def test_an_epoch_without_batches_is_refused(tiny) -> None:
+    with pytest.raises(ValueError, match="no batches"):
+        FineTuner(tiny(), PLAIN, 3).train_epoch([])
+
+
+def test_schedule() -> None:
+    factors = [schedule_factor(step, 100, 0.1) for step in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert max(factors) == factors[9] == 1.0
+    assert factors[9:] == sorted(factors[9:], reverse=True)
+    assert factors[55] == pytest.approx(0.01 + 0.99 / 2)
+    assert 0.01 <= factors[-1] < 0.012
+
+
+def test_evaluation_counts_every_image_once(tiny, batches) -> None:
+    vit = tiny()
+    images, labels = torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
+    with torch.no_grad():
+        logits = vit(images)
+    measured = evaluate(vit, [(images[:11], labels[:11]), (images[11:], labels[11:])])
+    assert measured.images == 18
+    assert measured.top1 == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
+    assert measured.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    with pytest.raises(ValueError, match="no images"):
+        evaluate(vit, [])
+
+
+def test_images_per_second_is_the_median_of_full_batches_after_the_first() -> None:
+    assert images_per_second([(8, 9.0), (8, 1.0), (8, 4.0), (8, 2.0), (3, 0.1)]) == 4.0
+    assert images_per_second([(8, 2.0)]) == 4.0
+
+
+def test_precision() -> None:
+    cpu = torch.device("cpu")
+    assert autocast_dtype("float32", cpu) is None
+    assert autocast_dtype("bfloat16", cpu) is torch.bfloat16
+    features = torch.cpu.get_capabilities()
+    native = features.get("avx512_bf16") or features.get("amx_bf16")
+    assert (autocast_dtype("auto", cpu) is torch.bfloat16) == bool(native)
