@@ -1,0 +1,90 @@
+"""`python -m search run | show | export`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from search.progress import front_table
+from search.results import read_front, read_trials
+from search.sweep import SweepError, check_files, load_sweep
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code: 0, or 2 if what was given is wrong."""
+    args = _parser().parse_args(arguments)
+    try:
+        args.run(args)
+    except (SweepError, FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m search", description=__doc__)
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    run = verbs.add_parser("run", help="run a sweep, or continue an interrupted one")
+    run.add_argument("sweep", type=Path, help="TOML file of the sweep")
+    run.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override settings; values are TOML: trials=8 data.batch_size=64",
+    )
+    run.set_defaults(run=_run)
+    show = verbs.add_parser("show", help="print the front of a sweep again")
+    show.add_argument("directory", type=Path, help="directory of the sweep")
+    show.set_defaults(run=_show)
+    export = verbs.add_parser("export", help="write a trial's model as safetensors and shape JSON")
+    export.add_argument("directory", type=Path, help="directory of the sweep")
+    export.add_argument("--trial", required=True, help="trial, as the front names it")
+    export.add_argument("--out", required=True, type=Path, help="directory to write")
+    export.set_defaults(run=_export)
+    return parser
+
+
+def _run(args: argparse.Namespace) -> None:
+    sweep = load_sweep(args.sweep, args.set)
+    check_files(sweep)
+    # What needs torch and Ray comes after what can go wrong without them.
+    from search.run import run
+
+    run(sweep, sys.stdout)
+
+
+def _show(args: argparse.Namespace) -> None:
+    front_table(read_front(args.directory / "front.json"), sys.stdout)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from pruners import PrunableViT
+
+    records = {record.trial: record for record in read_trials(args.directory / "trials.parquet")}
+    record = records.get(args.trial)
+    if record is None:
+        raise ValueError(
+            f"trial {args.trial!r} is not in {args.directory}; give one of {list(records)}"
+        )
+    if not record.checkpoint or record.status not in ("finished", "dense"):
+        raise ValueError(f"trial {args.trial} is {record.status}; give one that finished")
+    measured = {
+        "trial": record.trial,
+        "plan": record.plan,
+        "val_top1": record.val_top1,
+        "test_top1": record.test_top1,
+        "images_per_s": record.images_per_s,
+        "epochs": record.epochs,
+    }
+    PrunableViT.load(args.directory / record.checkpoint).save(args.out, measured)
+    test = f", test {record.test_top1:.1f} %" if record.test_top1 is not None else ""
+    print(f"wrote {args.out}: validation {record.val_top1:.1f} %{test}; {record.plan_line}")
+    print(f'open it with: from pruners import PrunableViT; vit = PrunableViT.load("{args.out}")')
+
+
+if __name__ == "__main__":
+    sys.exit(main())

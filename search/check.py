@@ -1,0 +1,85 @@
+"""What is checked of a sweep before anything expensive: its model, its methods, its labels."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pruners import PrunableViT
+from search.model import load_model
+from search.parquet import Shards, find_shards
+from search.space import Space
+from search.sweep import Sweep, SweepError
+
+
+def check(sweep: Sweep) -> tuple[PrunableViT, Space]:
+    """Build the dense model and the space of a sweep, and check that its labels fit the head.
+
+    Raises:
+        SweepError: For the first thing that is wrong.
+    """
+    dense = load_model(sweep.model)
+    space = Space(sweep, dense.shape())
+    for split in ("train", "val", "test"):
+        _check_labels(sweep, split, dense.vit.num_classes)
+    return dense, space
+
+
+def _check_labels(sweep: Sweep, split: str, classes: int) -> None:
+    data, key = sweep.data, f"data.{split}"
+    try:
+        shards = find_shards(getattr(data, split), data.image_column, data.label_column)
+    except (ValueError, FileNotFoundError) as error:
+        raise SweepError(f"{key}: {error}") from error
+    named, low, high = label_range(shards)
+    if low < 0:
+        raise SweepError(f"{key} has the label {low}; give labels from 0 to {classes - 1}")
+    found = named if named is not None else high + 1
+    if found > classes or (named is not None and named != classes):
+        raise SweepError(
+            f"{key} has {found} classes and the model's head has {classes}; "
+            "give data and weights of the same classes"
+        )
+
+
+def label_range(shards: Shards) -> tuple[int | None, int, int]:
+    """Return how many classes the schema names (None if it does not say), and the labels' range.
+
+    The range comes from the row groups' statistics where they are there, else from the labels.
+    """
+    named, lows, highs = None, [], []
+    for path in shards.paths:
+        with shards.filesystem.open_input_file(path) as source:
+            file = pq.ParquetFile(source)
+            named = named or _named_classes(file, shards.label_column)
+            column = file.schema_arrow.get_field_index(shards.label_column)
+            leaf = _leaf(file, shards.label_column, column)
+            for group in range(file.num_row_groups):
+                statistics = file.metadata.row_group(group).column(leaf).statistics
+                if statistics is not None and statistics.has_min_max:
+                    low, high = statistics.min, statistics.max
+                else:
+                    labels = file.read_row_group(group, columns=[shards.label_column]).column(0)
+                    low, high = (pc.min_max(labels)[end].as_py() for end in ("min", "max"))
+                lows.append(low)
+                highs.append(high)
+    return named, min(lows), max(highs)
+
+
+def _leaf(file: pq.ParquetFile, column: str, otherwise: int) -> int:
+    """Index of a column among the leaves that Parquet stores: a struct has several."""
+    leaves = [file.schema.column(i).path for i in range(len(file.schema))]
+    return leaves.index(column) if column in leaves else otherwise
+
+
+def _named_classes(file: pq.ParquetFile, column: str) -> int | None:
+    """Number of class names in the Hugging Face metadata of a file, if it has them."""
+    metadata = file.schema_arrow.metadata or {}
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        names = features[column]["names"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return None
+    return len(names) if isinstance(names, list) else None

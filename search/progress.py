@@ -1,0 +1,168 @@
+"""What a person sees while a sweep runs, and the table of its front."""
+
+from __future__ import annotations
+
+import textwrap
+import time
+from collections.abc import Callable
+from typing import TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+from search.results import Front, TrialRecord
+
+HEARTBEAT_S = 30.0
+"""Longest silence while trials run."""
+
+
+class Progress:
+    """Prints a line per trial that ends, and now and then one that says what is running.
+
+    Plain lines in any case: they read as well in a job's log as in a terminal.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO,
+        *,
+        trials: int,
+        epochs: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Report on a sweep of that many trials, each of that many epochs."""
+        self.stream, self.trials, self.epochs, self.clock = stream, trials, epochs, clock
+        self.running: dict[str, TrialRecord] = {}
+        self.ended = 0
+        self.ended_before = 0  # by an earlier run of a sweep that is continued
+        self.start = self.spoke = clock()
+
+    def restored(self, record: TrialRecord) -> None:
+        """Count a trial of an earlier run."""
+        if record.status != "running":
+            self.ended += 1
+            self.ended_before += 1
+
+    def started(self, record: TrialRecord) -> None:
+        """Note that a trial runs."""
+        self.running[record.trial] = record
+
+    def epoch(self, record: TrialRecord) -> None:
+        """Note a trial's latest epoch."""
+        self.running[record.trial] = record
+
+    def ended_with(self, record: TrialRecord, front: Front | None) -> None:
+        """Print the line of a trial that has ended."""
+        self.running.pop(record.trial, None)
+        self.ended += 1
+        self._say(f"{self._count()} {trial_line(record)}  {self._left()}")
+        if front is not None and any(m.trial == record.trial for m in front.members):
+            self._say(f"{' ' * len(self._count())} front: {front_line(front)}")
+
+    def tick(self) -> None:
+        """Print what is running if nothing was printed for a while."""
+        if self.clock() - self.spoke >= HEARTBEAT_S and self.running:
+            busy = ", ".join(
+                f"{r.name} (epoch {r.epochs} of {self.epochs})"
+                if r.history
+                else f"{r.name} (starting)"
+                for r in self.running.values()
+            )
+            self._say(f"{self._count()} running: {busy}  {self._left()}")
+
+    def _count(self) -> str:
+        return f"[{self.ended:>{len(str(self.trials))}}/{self.trials}]"
+
+    def _left(self) -> str:
+        here = self.ended - self.ended_before
+        if here == 0 or self.ended >= self.trials:
+            return ""
+        seconds = (self.clock() - self.start) / here * (self.trials - self.ended)
+        return f"about {duration(seconds)} left"
+
+    def _say(self, line: str) -> None:
+        print(line.rstrip(), file=self.stream, flush=True)
+        self.spoke = self.clock()
+
+
+def trial_line(record: TrialRecord) -> str:
+    """Say what came of a trial."""
+    if record.status in ("finished", "dense"):
+        return (
+            f"{record.name}: val {record.val_top1:.1f} %, {record.gmacs:.4g} GMACs "
+            f"({record.effective_gmacs:.4g} effective), {duration(record.seconds)}"
+        )
+    return f"{record.name}: {record.status}" + (f", {record.reason}" if record.reason else "")
+
+
+def front_line(front: Front) -> str:
+    """Say the front in one line: cost and accuracy of each member, and the hypervolume."""
+    points = ", ".join(
+        f"{cost_ratio(front, member):.2f}x {member.val_top1:.1f} %" for member in front.members
+    )
+    return f"{points}; hypervolume {front.hypervolume:.4f}"
+
+
+def front_table(front: Front, stream: TextIO) -> None:
+    """Print the front: one row per member, dense model last, and below each row its plan."""
+    console = Console(file=stream, width=None if stream.isatty() else 100, highlight=False)
+    unit = "effective MACs" if front.cost == "effective_gmacs" else "MACs"
+    table = Table(
+        title=f"Front of top-1 against {unit}", title_justify="left", box=None, pad_edge=False
+    )
+    for header in (
+        "trial",
+        "val %",
+        "test %",
+        "GMACs",
+        "eff. GMACs",
+        "fewer",
+        "params",
+        "density",
+        "images/s",
+    ):
+        table.add_column(header, justify="left" if header == "trial" else "right")
+    for record in (*front.members, front.dense):
+        table.add_row(*_cells(front, record))
+    console.print(table)
+    print(f"\n'fewer': how many times fewer {unit} than the dense model. The plans:", file=stream)
+    for record in front.members:
+        print(
+            textwrap.fill(
+                record.plan_line,
+                100,
+                initial_indent=f"  {record.trial}  ",
+                subsequent_indent=" " * 8,
+            ),
+            file=stream,
+        )
+
+
+def cost_ratio(front: Front, record: TrialRecord) -> float:
+    """Cost of a trial as a share of the dense model's."""
+    return getattr(record, front.cost) / getattr(front.dense, front.cost)
+
+
+def duration(seconds: float) -> str:
+    """Write a duration as 12 s, 3:05 min or 2:07 h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d} min"
+    return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
+
+
+def _cells(front: Front, record: TrialRecord) -> tuple[str, ...]:
+    test = f"{record.test_top1:.1f}" if record.test_top1 is not None else "-"
+    return (
+        record.trial if record.origin != "dense" else "dense",
+        f"{record.val_top1:.1f}",
+        test,
+        f"{record.gmacs:.4g}",
+        f"{record.effective_gmacs:.4g}",
+        f"{1 / cost_ratio(front, record):.2f}x",
+        f"{record.params:,}",
+        f"{record.density:.2f}",
+        f"{record.images_per_s:,.0f}",
+    )

@@ -1,0 +1,57 @@
+"""`python -m search run`: check, connect to Ray, run the sweep, print its front."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TextIO
+
+from search.check import check
+from search.progress import front_table
+from search.results import read_front
+from search.sweep import Sweep
+from search.tracking import ui_command
+
+
+def run(sweep: Sweep, stream: TextIO) -> None:
+    """Run a sweep, or show it if it is done, and say how to look at it.
+
+    Raises:
+        SweepError: If something of the sweep is wrong.
+    """
+    dense, space = check(sweep)
+    print(_headline(sweep, space.dense_cost), file=stream, flush=True)
+    connect()
+    # Ray is imported by what follows; connecting first lets it start while we import.
+    from search.tuner import is_done, run_sweep
+
+    if is_done(sweep):
+        print(f"{sweep.directory} holds this sweep, finished; its front:", file=stream)
+        front = read_front(sweep.directory / "front.json")
+    else:
+        front = run_sweep(sweep, dense, space, stream)
+    print(file=stream)
+    front_table(front, stream)
+    print(f"\nEverything is in {sweep.directory}. Open it in MLflow:", file=stream)
+    print(f"  {ui_command(sweep.tracking, sweep.directory)}", file=stream)
+
+
+def connect() -> None:
+    """Connect to the cluster that RAY_ADDRESS names, or start Ray on this machine."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(logging_level=logging.WARNING)
+    else:
+        ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
+
+
+def _headline(sweep: Sweep, dense_cost: int) -> str:
+    steps = ", ".join(sweep.labels)
+    return (
+        f"sweep {sweep.name}: {sweep.trials} trials of {sweep.epochs} epochs over {steps}; "
+        f"{sweep.budget.low} to {sweep.budget.high} of {dense_cost / 1e9:.4g} {sweep.cost}"
+    )

@@ -1,0 +1,318 @@
+"""One sweep as a frozen model: read from TOML, overridden from the command line, checked at the door.
+
+Imports neither torch nor Ray, so that a laptop can check and submit a sweep.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import tomllib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+METHODS = Path(__file__).resolve().parent.parent / "pruners" / "methods"
+"""Folder whose files are the pruning methods; read without importing them."""
+
+Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class SweepError(ValueError):
+    """Something that was asked for is wrong: one line says what, where, and what would be right."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSpec(_Part):
+    """The dense model."""
+
+    path: str | None = None  # a .safetensors file, or a directory that PrunableViT.save wrote
+    name: str | None = None  # a timm model name
+    pretrained: bool = True  # timm's own weights, for a name without a path
+    args: dict[str, Any] = {}  # constructor arguments of the timm model
+    mean: tuple[float, ...] | None = None  # per channel, where the model does not say
+    std: tuple[Positive, ...] | None = None
+
+    @model_validator(mode="after")
+    def _has_a_source(self) -> ModelSpec:
+        if self.path is None and self.name is None:
+            raise ValueError("has neither path nor name; give a weights file or a timm model name")
+        return self
+
+
+class DataSpec(_Part):
+    """Labelled images: Parquet files, globs, directories or URIs, in the Hugging Face schema."""
+
+    train: str
+    val: str
+    test: str
+    batch_size: int = Field(128, ge=1)
+    eval_batch_size: int = Field(256, ge=1)
+    calibration: int = Field(512, ge=1)  # training images that scores are measured on
+    image_column: str = "image"
+    label_column: str = "label"
+    cache_dir: str | None = None  # decoded images, per node; None is the user's cache folder
+    cache_gb: float = Field(8.0, ge=0.0)  # splits that are larger decoded are streamed
+    max_corrupt: int = Field(0, ge=0)  # images per split that may be unreadable
+
+
+class StepSpec(_Part):
+    """One step: a method with its options, and how the search varies it."""
+
+    method: str
+    space: Literal["tied", "layer"] = "tied"  # base and slope over depth, or a share per site
+    max_share: float = Field(0.9, gt=0.0, le=1.0)
+    options: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_options(cls, values: Any) -> Any:
+        """In TOML a method's options stand beside `method`; unknown ones are refused later."""
+        if not isinstance(values, Mapping) or "options" in values:
+            return values
+        own = {key: value for key, value in values.items() if key in cls.model_fields}
+        options = {key: value for key, value in values.items() if key not in own}
+        return {**own, "options": options}
+
+    @model_validator(mode="after")
+    def _method_exists(self) -> StepSpec:
+        names = sorted(path.stem for path in METHODS.glob("*.py") if path.stem != "__init__")
+        if self.method not in names:
+            near = difflib.get_close_matches(self.method, names, 1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ValueError(
+                f"names no method: {self.method!r}; {hint}there are {', '.join(names)}"
+            )
+        return self
+
+
+class Budget(_Part):
+    """Range that the cost of every trained trial lies in, as shares of the dense model's."""
+
+    low: float
+    high: float
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_pair(cls, values: Any) -> Any:
+        if isinstance(values, (list, tuple)):
+            if len(values) != 2:
+                raise ValueError("needs two numbers; give [low, high]")
+            return {"low": values[0], "high": values[1]}
+        return values
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Budget:
+        if not 0.0 < self.low < self.high <= 1.0:
+            raise ValueError(
+                f"is impossible: [{self.low}, {self.high}]; "
+                "give shares of the dense cost, 0 < low < high <= 1"
+            )
+        return self
+
+
+class FineTuneSpec(_Part):
+    """How trials are fine-tuned."""
+
+    lr: Positive = 5e-4
+    weight_decay: float = Field(0.05, ge=0.0)
+    warmup: Share = 0.1  # share of the steps
+    label_smoothing: Share = 0.0
+    clip: Positive = 1.0  # gradient norm
+    distill: float = Field(0.5, ge=0.0, le=1.0)  # share of the dense model's term in the loss
+    temperature: Positive = 1.0
+    augment: bool = True  # random crops and flips
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+class Resources(_Part):
+    """What a trial gets; fractions are allowed."""
+
+    cpu: float = Field(1.0, gt=0.0)
+    gpu: float = Field(0.0, ge=0.0)
+
+
+class Sweep(_Part):
+    """One sweep."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=100)
+    model: ModelSpec
+    data: DataSpec
+    steps: tuple[StepSpec, ...] = Field(min_length=1)
+    budget: Budget
+    cost: Literal["effective_gmacs", "gmacs"] = "effective_gmacs"
+    trials: int = Field(ge=2)  # the dense model and the ladder count
+    ladder: int = Field(3, ge=0)  # uniform plans that are tried first
+    epochs: int = Field(ge=0)  # of fine-tuning, per trial
+    seed: int = Field(0, ge=0)
+    sampler: Literal["tpe", "nsga2", "gp", "random"] = "tpe"
+    concurrency: int | None = Field(None, ge=1)  # trials at once; None is what the cluster holds
+    finetune: FineTuneSpec = FineTuneSpec()
+    resources: Resources = Resources()
+    storage: str = "results"
+    tracking: str | None = None  # MLflow tracking URI; None is SQLite in the sweep's directory
+    max_failures: int = Field(2, ge=0)  # restarts of a trial whose process died
+
+    @property
+    def directory(self) -> Path:
+        """Where everything of this sweep lies."""
+        return Path(self.storage) / self.name
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """A name for each step: its method, numbered from the second of the same method on."""
+        seen: Counter[str] = Counter()
+        labels = []
+        for step in self.steps:
+            seen[step.method] += 1
+            number = seen[step.method]
+            labels.append(step.method if number == 1 else f"{step.method}-{number}")
+        return tuple(labels)
+
+
+def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
+    """Read a sweep and apply `key.sub=VALUE` overrides, whose values are TOML; later ones win.
+
+    Raises:
+        SweepError: For anything wrong, in one line.
+    """
+    if not path.is_file():
+        raise SweepError(
+            f"sweep {path} does not exist; give a TOML file like search/sweeps/sample.toml"
+        )
+    try:
+        values = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SweepError(f"{path} is not TOML: {error}") from error
+    for override in overrides:
+        _override(values, override)
+    try:
+        return Sweep.model_validate(values)
+    except ValidationError as error:
+        raise SweepError(f"{path}: {_one_line(error)}") from error
+
+
+def check_files(sweep: Sweep) -> None:
+    """Check that local files exist; what has a scheme (`s3://`) is left to the trials' machine.
+
+    Raises:
+        SweepError: For the first that does not.
+    """
+    named = {"model.path": sweep.model.path}
+    named |= {f"data.{split}": getattr(sweep.data, split) for split in ("train", "val", "test")}
+    for key, value in named.items():
+        if value is None or "://" in value or Path(value).exists():
+            continue
+        if any(character in value for character in "*?[") and any(Path().glob(value)):
+            continue
+        raise SweepError(
+            f"{key} is {value!r}, which does not exist; give a file, glob or directory"
+        )
+
+
+def sweep_toml(sweep: Sweep) -> str:
+    """Return a sweep as TOML that `load_sweep` reads as an equal sweep."""
+    values = sweep.model_dump(exclude_none=True, mode="json")
+    values["budget"] = [sweep.budget.low, sweep.budget.high]
+    values["steps"] = [
+        {**{k: v for k, v in step.items() if k != "options"}, **step["options"]}
+        for step in values["steps"]
+    ]
+    scalars = {k: v for k, v in values.items() if not isinstance(v, dict) and k != "steps"}
+    lines = [f"{key} = {_toml(value)}" for key, value in scalars.items()]
+    for key, table in values.items():
+        if isinstance(table, dict):
+            lines += ["", f"[{key}]", *(f"{_key(k)} = {_toml(v)}" for k, v in table.items())]
+    for step in values["steps"]:
+        lines += ["", "[[steps]]", *(f"{_key(k)} = {_toml(v)}" for k, v in step.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not equals or not all(keys):
+        raise SweepError(f"--set {override!r} is no setting; give KEY=VALUE, for example trials=8")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError as error:
+        raise SweepError(
+            f"--set {dotted} is {text}, which is no TOML value; a string needs quotes: "
+            f"'{dotted}=\"{text}\"'"
+        ) from error
+    table = values
+    for key in keys[:-1]:
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise SweepError(f"--set {override!r}: {key} is no table; override {key} as a whole")
+    table[keys[-1]] = value
+
+
+def _one_line(error: ValidationError) -> str:
+    problems = error.errors()
+    first = problems[0]
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return _problem(first) + more
+
+
+def _problem(problem: Mapping[str, Any]) -> str:
+    where = ".".join(str(part) for part in problem["loc"]) or "the sweep"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(problem["loc"][:-1])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
+        return f"{where} is an unknown key; {hint}"
+    if problem["type"] == "missing":
+        return f"{where} is missing; give it a value"
+    if problem["type"] == "value_error":
+        return f"{where} {message}"
+    return f"{where} is {_short(problem['input'])}; {message[0].lower()}{message[1:]}"
+
+
+def _fields_at(location: Sequence[str | int]) -> list[str]:
+    model: Any = Sweep
+    for part in location:
+        if isinstance(part, str):
+            model = {
+                "model": ModelSpec,
+                "data": DataSpec,
+                "budget": Budget,
+                "finetune": FineTuneSpec,
+                "resources": Resources,
+                "steps": StepSpec,
+            }[part]
+    return list(model.model_fields)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _key(key: str) -> str:
+    bare = key.replace("_", "").replace("-", "")
+    return key if bare.isalnum() and bare.isascii() else _toml(key)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return {math.inf: "inf", -math.inf: "-inf"}.get(value, repr(value))
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_key(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+    # A JSON string is a TOML basic string, but TOML wants DEL escaped too.
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return str(value)

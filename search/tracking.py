@@ -1,0 +1,177 @@
+"""MLflow: a parent run per sweep, a child run per trial. Only the driver writes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.tracking import MlflowClient
+
+from search.pictures import front_html, front_png, kept_png
+from search.progress import cost_ratio, front_line
+from search.results import Front, TrialRecord, front_json
+
+RUNS = "mlflow.json"
+"""File of a sweep's directory that says which MLflow runs are its own."""
+
+_STATUS = {"finished": "FINISHED", "dense": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+_MOST_PARAMS = 100  # that MLflow takes in one batch
+
+
+class Tracker:
+    """Writes one sweep to MLflow."""
+
+    def __init__(self, client: MlflowClient, directory: Path, runs: dict[str, Any]) -> None:
+        """Use `open` instead."""
+        self.client, self.directory, self.runs = client, directory, runs
+        self.members: set[str] = set()
+
+    @classmethod
+    def open(cls, uri: str | None, directory: Path, name: str, sweep_toml: str) -> Tracker:
+        """Open the runs of a sweep: those that its directory names, or new ones.
+
+        Args:
+            uri: MLflow tracking URI; None is SQLite in the sweep's directory.
+            directory: The sweep's directory; it exists.
+            name: Name of the experiment and the parent run.
+            sweep_toml: The sweep as run, kept as an artifact.
+        """
+        for noisy in ("alembic", "mlflow.store.db.utils"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        client = MlflowClient(tracking_uri=uri or local_uri(directory))
+        noted = directory / RUNS
+        if noted.exists():
+            return cls(client, directory, json.loads(noted.read_text()))
+        experiment = client.get_experiment_by_name(name)
+        where = None if uri else (directory / "mlartifacts").resolve().as_uri()
+        identity = experiment.experiment_id if experiment else client.create_experiment(name, where)
+        parent = client.create_run(identity, run_name=name, tags={"sweep": name}).info.run_id
+        tracker = cls(client, directory, {"experiment": identity, "parent": parent, "trials": {}})
+        tracker._note_runs()
+        client.log_text(parent, sweep_toml, "sweep.toml")
+        return tracker
+
+    def start_trial(self, record: TrialRecord) -> None:
+        """Open a child run."""
+        tags = {
+            "mlflow.parentRunId": self.runs["parent"],
+            "trial": record.trial,
+            "origin": record.origin,
+            "methods": record.methods,
+            "status": "running",
+            "front": "false",
+        }
+        run = self.client.create_run(self.runs["experiment"], run_name=record.name, tags=tags)
+        self.runs["trials"][record.trial] = run.info.run_id
+        self._note_runs()
+        params = [Param(key, value) for key, value in trial_params(record).items()][:_MOST_PARAMS]
+        self.client.log_batch(run.info.run_id, params=params)
+        self.client.log_dict(run.info.run_id, record.plan, "plan.json")
+
+    def epoch(self, trial: str, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of an epoch in one batch."""
+        now = int(time.time() * 1000)
+        batch = [Metric(key, value, now, epoch) for key, value in metrics.items()]
+        self.client.log_batch(self.runs["trials"][trial], metrics=batch)
+
+    def finish_trial(self, record: TrialRecord) -> None:
+        """Close a child run."""
+        run = self.runs["trials"][record.trial]
+        tags = [RunTag("status", record.status), RunTag("reason", record.reason)]
+        self.client.log_batch(run, tags=tags)
+        self.client.set_terminated(run, _STATUS[record.status])
+
+    def update_front(self, front: Front, ended: int) -> None:
+        """Log the hypervolume after `ended` trials and, if the front changed, its members."""
+        now = int(time.time() * 1000)
+        metrics = [
+            Metric("hypervolume", front.hypervolume, now, ended),
+            Metric("front_size", len(front.members), now, ended),
+        ]
+        self.client.log_batch(self.runs["parent"], metrics=metrics)
+        members = {member.trial for member in front.members}
+        if members == self.members:
+            return
+        for trial in members ^ self.members:
+            value = "true" if trial in members else "false"
+            self.client.set_tag(self.runs["trials"][trial], "front", value)
+        self.members = members
+        self.client.log_dict(self.runs["parent"], front_json(front), "front.json")
+        self.client.set_tag(self.runs["parent"], "mlflow.note.content", note(front))
+
+    def draw(self, front: Front, records: Sequence[TrialRecord]) -> None:
+        """Log the pictures of the front."""
+        parent = self.runs["parent"]
+        self.client.log_text(parent, front_html(front, records), "front.html")
+        for draw, name in ((front_png, "front.png"), (kept_png, "kept.png")):
+            path = self.directory / name
+            draw(front, records, path)
+            self.client.log_artifact(parent, str(path))
+
+    def close(self, front: Front, records: Sequence[TrialRecord]) -> None:
+        """Log the final front, with what was measured on test, and close the parent run."""
+        parent = self.runs["parent"]
+        for member in front.members:
+            if member.test_top1 is not None:
+                self.client.log_metric(
+                    self.runs["trials"][member.trial], "test_top1", member.test_top1
+                )
+        self.client.log_dict(parent, front_json(front), "front.json")
+        self.client.set_tag(parent, "mlflow.note.content", note(front))
+        self.draw(front, records)
+        self.client.set_terminated(parent, "FINISHED")
+
+    def _note_runs(self) -> None:
+        temporary = self.directory / f".{RUNS}.{os.getpid()}"
+        temporary.write_text(json.dumps(self.runs))
+        os.replace(temporary, self.directory / RUNS)
+
+
+def local_uri(directory: Path) -> str:
+    """Return the tracking URI of the database in a sweep's directory."""
+    return f"sqlite:///{directory.resolve() / 'mlflow.db'}"
+
+
+def ui_command(uri: str | None, directory: Path) -> str:
+    """Return the command that opens the MLflow UI on a sweep."""
+    if uri is not None and uri.startswith("http"):
+        return f"open {uri}"
+    return f"mlflow ui --backend-store-uri {uri or f'sqlite:///{directory}/mlflow.db'}"
+
+
+def trial_params(record: TrialRecord) -> dict[str, str]:
+    """Return what tells trials apart in MLflow's table: methods and mean shares."""
+    params = {"methods": record.methods, "origin": record.origin, "plan": record.plan_line[:500]}
+    params["cost_ratio"] = f"{record.cost_ratio:.4f}"
+    for step in record.plan["steps"]:
+        kinds: dict[str, list[float]] = {}
+        for site, share in step["thresholds"].items():
+            parts = site.split(".")
+            kinds.setdefault(".".join(parts[2:]) or site, []).append(share)
+        for kind, shares in kinds.items():
+            params[f"{step['method']}.{kind}.mean_share"] = f"{fmean(shares):.4f}"
+    return params
+
+
+def note(front: Front) -> str:
+    """Return the front as Markdown."""
+    lines = [
+        f"Front of validation top-1 against {front.cost}: {front_line(front)}",
+        "",
+        "| trial | val top-1 | test top-1 | cost | GMACs | effective | params | plan |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for record in (*front.members, front.dense):
+        test = f"{record.test_top1:.1f}" if record.test_top1 is not None else ""
+        lines.append(
+            f"| {record.name} | {record.val_top1:.1f} | {test} | {cost_ratio(front, record):.2f}x | "
+            f"{record.gmacs:.4g} | {record.effective_gmacs:.4g} | {record.params:,} | {record.plan_line} |"
+        )
+    return "\n".join(lines)
