@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from pruners import PrunableViT
 from search.model import load_model
-from search.parquet import Shards, find_shards
+from search.shards import Shards, find_shards
 from search.space import Space
 from search.sweep import Sweep, SweepError
 

@@ -1,4 +1,4 @@
-"""Bytes of an image file -> pixels of a fixed size; images that cannot be read are counted and named."""
+"""Bytes of an image file -> pixels of a fixed size; unreadable images are counted and named."""
 
 from __future__ import annotations
 

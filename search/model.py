@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pruners import PrunableViT
-from search.parquet import ImageSpec
+from search.decode import ImageSpec
 from search.sweep import ModelSpec, SweepError
 
 

@@ -1,15 +1,14 @@
 """Labelled images in Parquet -> batches of tensors.
 
-A source is one file, a glob or a directory of shards, local or at any URI that `pyarrow.fs` knows, in the
-Hugging Face image schema: `image: struct<bytes: binary, path: string>`, `label: int64`.
+A source is one file, a glob or a directory of shards, local or at any URI that `pyarrow.fs` knows,
+in the Hugging Face image schema: `image: struct<bytes, path>`, `label: int64`.
 
-Up to a stated size a split is decoded once per node into an Arrow file, which all processes of the node
-map into memory; a larger split is streamed, row group by row group.
+Up to a stated size a split is decoded once per node into an Arrow file, which all processes of the
+node map into memory; a larger split is streamed, row group by row group.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
 import os
@@ -20,8 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 import torch
 from filelock import FileLock
 from numpy.typing import NDArray
@@ -29,51 +26,12 @@ from torch import Tensor
 
 from search.augment import crop_and_flip
 from search.decode import Corrupt, ImageSpec, Pixels, decode_all
+from search.shards import Shards, find_shards
 
 LabelArray = NDArray[np.int64]
 
-CHUNK = 1024
-"""Rows that are decoded, and written, at a time."""
-
 WINDOW = 4096
 """Images that a stream holds to shuffle among."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shards:
-    """The Parquet files of a split, and the columns to read."""
-
-    filesystem: pafs.FileSystem
-    paths: tuple[str, ...]
-    image_column: str
-    label_column: str
-    rows: int
-
-    def read_groups(
-        self, order: list[tuple[str, int]]
-    ) -> Iterator[list[tuple[str, bytes | None, int]]]:
-        """Yield the (name, bytes, label) rows of the given (path, row group) pairs."""
-        for path, group in order:
-            with self.filesystem.open_input_file(path) as source:
-                file = pq.ParquetFile(source)
-                table = file.read_row_group(group, columns=[self.image_column, self.label_column])
-            images, labels = table.column(self.image_column), table.column(self.label_column)
-            for start in range(0, table.num_rows, CHUNK):
-                part = images.slice(start, CHUNK).to_pylist()
-                yield [
-                    (_name(image, path, group, start + i), (image or {}).get("bytes"), int(label))
-                    for i, (image, label) in enumerate(
-                        zip(part, labels.slice(start, CHUNK).to_pylist(), strict=True)
-                    )
-                ]
-
-    def groups(self) -> list[tuple[str, int]]:
-        """Return all (path, row group) pairs in order."""
-        pairs = []
-        for path in self.paths:
-            with self.filesystem.open_input_file(path) as source:
-                pairs += [(path, g) for g in range(pq.ParquetFile(source).num_row_groups)]
-        return pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +76,10 @@ class Images:
             device: Where the tensors are made.
         """
         generator = torch.Generator().manual_seed(0 if seed is None else seed)
-        source = (
-            self._stream(batch_size, seed) if self.table is None else self._mapped(batch_size, seed)
-        )
+        if self.table is None:
+            source = self._stream(batch_size, seed)
+        else:
+            source = _mapped(self.table, self.spec, batch_size, seed)
         mean = torch.tensor(self.spec.mean, device=device).view(-1, 1, 1) * 255.0
         std = torch.tensor(self.spec.std, device=device).view(-1, 1, 1) * 255.0
         for position, (pixels, labels) in enumerate(source):
@@ -130,20 +89,6 @@ class Images:
             if augment:
                 images = crop_and_flip(images, padding=self.spec.size[0] // 8, generator=generator)
             yield (images.float() - mean) / std, torch.from_numpy(labels).to(device)
-
-    def _mapped(self, batch_size: int, seed: int | None) -> Iterator[tuple[Pixels, LabelArray]]:
-        order = np.arange(self.count)
-        if seed is not None:
-            np.random.default_rng(seed).shuffle(order)
-        for start in range(0, self.count, batch_size):
-            rows = self.table.take(pa.array(order[start : start + batch_size])).combine_chunks()
-            pixels = rows.column("pixels").chunk(0)
-            flat = np.frombuffer(pixels.buffers()[1], dtype=np.uint8)
-            # A copy: torch wants memory that it may write to.
-            yield (
-                flat.reshape(len(rows), *_pixel_shape(self.spec)).copy(),
-                rows.column("label").to_numpy().copy(),
-            )
 
     def _stream(self, batch_size: int, seed: int | None) -> Iterator[tuple[Pixels, LabelArray]]:
         order, rng = self.shards.groups(), np.random.default_rng(seed)
@@ -158,6 +103,19 @@ class Images:
                     yield _draw(held, batch_size, rng if seed is not None else None)
         while held:
             yield _draw(held, min(batch_size, len(held)), rng if seed is not None else None)
+
+
+def _mapped(
+    table: pa.Table, spec: ImageSpec, batch_size: int, seed: int | None
+) -> Iterator[tuple[Pixels, LabelArray]]:
+    order = np.arange(table.num_rows)
+    if seed is not None:
+        np.random.default_rng(seed).shuffle(order)
+    for start in range(0, len(order), batch_size):
+        rows = table.take(pa.array(order[start : start + batch_size])).combine_chunks()
+        flat = np.frombuffer(rows.column("pixels").chunk(0).buffers()[1], dtype=np.uint8)
+        pixels = flat.reshape(len(rows), *_pixel_shape(spec))
+        yield pixels.copy(), rows.column("label").to_numpy().copy()  # torch wants writable memory
 
 
 def open_images(
@@ -211,80 +169,14 @@ def open_images(
     )
 
 
-def find_shards(source: str, image_column: str = "image", label_column: str = "label") -> Shards:
-    """Find the Parquet files of a source, in order of their names, and check their columns.
-
-    Raises:
-        FileNotFoundError: If there are none.
-        ValueError: If one is not Parquet, or lacks a column of the right type.
-    """
-    if "://" in source:
-        filesystem, path = pafs.FileSystem.from_uri(source)
-    else:
-        filesystem, path = pafs.LocalFileSystem(), str(Path(source).absolute())
-    paths = _expand(filesystem, path)
-    if not paths:
-        raise FileNotFoundError(
-            f"{source} has no Parquet files; give a file, glob, directory or URI"
-        )
-    rows = 0
-    for shard in paths:
-        try:
-            with filesystem.open_input_file(shard) as file:
-                parquet = pq.ParquetFile(file)
-                _check_columns(shard, parquet.schema_arrow, image_column, label_column)
-                rows += parquet.metadata.num_rows
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{shard} is not a Parquet file ({error})") from error
-    if rows == 0:
-        raise ValueError(f"{source} has no rows; give at least one image")
-    return Shards(
-        filesystem=filesystem,
-        paths=tuple(paths),
-        image_column=image_column,
-        label_column=label_column,
-        rows=rows,
-    )
-
-
 def default_cache() -> Path:
     """Return the user's cache folder for decoded images."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "prunefront"
 
 
-def _expand(filesystem: pafs.FileSystem, path: str) -> list[str]:
-    wild = next(
-        (i for i, part in enumerate(path.split("/")) if any(c in part for c in "*?[")), None
-    )
-    folder = path if wild is None else "/".join(path.split("/")[:wild])
-    found = filesystem.get_file_info(folder)
-    if wild is None and found.type == pafs.FileType.File:
-        return [path]
-    if found.type != pafs.FileType.Directory:
-        return []
-    files = filesystem.get_file_info(pafs.FileSelector(folder, recursive=True))
-    paths = sorted(f.path for f in files if f.type == pafs.FileType.File)
-    if wild is None:
-        return [p for p in paths if p.endswith(".parquet")]
-    return [p for p in paths if fnmatch.fnmatchcase(p, path) and p.count("/") == path.count("/")]
-
-
-def _check_columns(path: str, schema: pa.Schema, image_column: str, label_column: str) -> None:
-    for column in (image_column, label_column):
-        if column not in schema.names:
-            raise ValueError(f"{path} has no column {column!r}; its columns are {schema.names}")
-    image, label = schema.field(image_column).type, schema.field(label_column).type
-    if not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
-        raise ValueError(
-            f"{path}: {image_column} is {image}; give struct<bytes: binary, path: string>"
-        )
-    if not pa.types.is_integer(label):
-        raise ValueError(f"{path}: {label_column} is {label}; give integers from 0")
-
-
 def _digest(shards: Shards, spec: ImageSpec, *, whole: bool) -> str:
-    """SHA-256 of the preparation and of the files: of their bytes, or of their sizes and footers."""
+    """SHA-256 of the preparation and of the files: their bytes, or only sizes and footers."""
     digest = hashlib.sha256(
         json.dumps([asdict(spec), shards.image_column, shards.label_column]).encode()
     )
@@ -302,7 +194,7 @@ def _digest(shards: Shards, spec: ImageSpec, *, whole: bool) -> str:
 
 
 def _decode_to(path: Path, shards: Shards, spec: ImageSpec, corrupt: Corrupt) -> None:
-    """Decode a split into an Arrow file and a note beside it; the note says that the file is whole."""
+    """Decode a split into an Arrow file, and a note beside it that says that the file is whole."""
     schema = pa.schema([("pixels", pa.binary(_pixel_bytes(spec))), ("label", pa.int64())])
     temporary, written = path.with_name(f".{path.name}.{os.getpid()}"), 0
     try:
@@ -361,7 +253,3 @@ def _pixel_shape(spec: ImageSpec) -> tuple[int, int, int]:
 
 def _pixel_bytes(spec: ImageSpec) -> int:
     return spec.size[0] * spec.size[1] * spec.channels
-
-
-def _name(image: dict[str, object] | None, path: str, group: int, row: int) -> str:
-    return str((image or {}).get("path") or f"{path}, row group {group}, row {row}")

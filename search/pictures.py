@@ -1,4 +1,4 @@
-"""Pictures of a front: an interactive plot, a still one, and what each member kept of each block."""
+"""Pictures of a front: an interactive plot, a still one, and what was kept of each block."""
 
 from __future__ import annotations
 
@@ -98,10 +98,10 @@ def kept_png(front: Front, records: Sequence[TrialRecord], path: Path) -> None:
 
 
 def kept_shares(shape: dict, dense: dict) -> dict[str, NDArray[np.float64]]:
-    """Return, for each block, the shares of the dense model's units, tokens and weights that are left.
+    """Return, for each block, the shares of the dense model's units, tokens and weights left.
 
-    Heads count with the width of their values; weights are the share of the weights that surgery left
-    which is not masked.
+    Heads count with the width of their values; weights are the share, of the weights that surgery
+    left, which is not masked.
     """
     shares: dict[str, list[float]] = {panel: [] for panel in PANELS}
     for index, (block, whole) in enumerate(zip(shape["blocks"], dense["blocks"], strict=True)):
@@ -168,7 +168,8 @@ def _hover(front: Front, record: TrialRecord) -> list[str]:
         f"validation {record.val_top1:.1f} %{test}",
         f"{record.gmacs:.4g} GMACs, {record.effective_gmacs:.4g} effective "
         f"({cost_ratio(front, record):.2f}x dense)",
-        f"{record.params:,} params, density {record.density:.2f}, {record.images_per_s:,.0f} images/s",
+        f"{record.params:,} params, density {record.density:.2f}",
+        f"{record.images_per_s:,.0f} images/s",
         *textwrap.wrap(record.plan_line, 60),
     ]
 

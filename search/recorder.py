@@ -97,7 +97,9 @@ class Recorder(tune.Callback):
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
         """Close the record of a trial that Ray gave up."""
-        self._end(dataclasses.replace(self._record(trial), reason=error_line(trial)), "failed", trial)
+        self._end(
+            dataclasses.replace(self._record(trial), reason=error_line(trial)), "failed", trial
+        )
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Let the terminal show that the sweep is alive."""
@@ -117,7 +119,7 @@ class Recorder(tune.Callback):
         checkpoint = _checkpoint_path(trial, self.sweep.directory)
         record = dataclasses.replace(record, status=status, checkpoint=checkpoint)
         self.records[record.trial] = record
-        records = list(self.records.values())
+        records = sorted(self.records.values(), key=lambda r: r.trial)
         self.tracker.finish_trial(record)
         write_trials(self.sweep.directory / "trials.parquet", records)
         front = None

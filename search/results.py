@@ -1,4 +1,4 @@
-"""The directory of a sweep: what its trials came to (`trials.parquet`) and its front (`front.json`)."""
+"""The directory of a sweep: its trials (`trials.parquet`) and its front (`front.json`)."""
 
 from __future__ import annotations
 

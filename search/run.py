@@ -22,8 +22,7 @@ def run(sweep: Sweep, stream: TextIO) -> None:
     dense, space = check(sweep)
     print(_headline(sweep, space.dense_cost), file=stream, flush=True)
     connect()
-    # Ray is imported by what follows; connecting first lets it start while we import.
-    from search.tuner import is_done, run_sweep
+    from search.tuner import is_done, run_sweep  # imports Ray Tune: seconds
 
     if is_done(sweep):
         print(f"{sweep.directory} holds this sweep, finished; its front:", file=stream)
@@ -46,7 +45,7 @@ def connect() -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING)
     else:
-        ray.init(include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
+        ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
 
 
 def _headline(sweep: Sweep, dense_cost: int) -> str:

@@ -21,9 +21,6 @@ if TYPE_CHECKING:
 
 Parameters = dict[str, float | bool]
 
-LARGEST_SCALE = 8.0
-"""Shares run up to this times their sampled value (each stays below its step's `max_share`)."""
-
 
 class OutOfReachError(ValueError):
     """No scale of the sampled shares brings the cost into the sweep's budget range."""
@@ -109,13 +106,17 @@ class Space:
     def propose(self, parameters: Parameters) -> Proposal:
         """Return the plan of some parameters, scaled to the sampled budget.
 
-        Of the two plans around the budget (units are whole) the one whose cost is nearer is taken,
+        Steps that are absent join if the others alone cannot reach the budget: refusing such
+        parameters would teach a sampler nothing, and it would propose them again. Of the two plans around the budget (units are whole) the one whose cost is nearer is taken,
         within the sweep's range.
 
         Raises:
             OutOfReachError: If neither lies within the range.
         """
         budget = float(parameters["budget"])
+        if self._ratio(self._plan(parameters, math.inf)) > budget:
+            present = {f"{step.label}.present": True for step in self.steps}
+            parameters = {**parameters, **present}
         below, above = self._bracket(parameters, budget)
         inside = [
             p for p in (below, above) if p is not None and self.low <= self._ratio(p) <= self.high
@@ -128,21 +129,22 @@ class Space:
         return Proposal(parameters=parameters, plan=plan, cost_ratio=self._ratio(plan))
 
     def _bracket(self, parameters: Parameters, budget: float) -> tuple[Plan | None, Plan]:
-        """Return the plan with the largest cost <= budget, if any, and the next larger one."""
-        low, high = 0.0, LARGEST_SCALE
-        below = self._plan(parameters, high)
+        """Return the plan with the largest cost <= budget, if any, and the next larger one.
+
+        The shares are scaled by t / (1 - t) for t in 0..1: at 1 each is at its `max_share`.
+        """
+        low, high = 0.0, 1.0
+        below = self._plan(parameters, math.inf)
         if self._ratio(below) > budget:
             return None, below
-        for _ in range(
-            24
-        ):  # 8 / 2**24: finer than one unit of any site but the largest weight matrices
+        for _ in range(30):  # finer than one unit of any site but the largest weight matrices
             middle = (low + high) / 2
-            plan = self._plan(parameters, middle)
+            plan = self._plan(parameters, middle / (1.0 - middle))
             if self._ratio(plan) <= budget:
                 high, below = middle, plan
             else:
                 low = middle
-        return below, self._plan(parameters, low)
+        return below, self._plan(parameters, low / (1.0 - low))
 
     def _plan(self, parameters: Mapping[str, float | bool], scale: float) -> Plan:
         shape, steps = self.dense, []

@@ -1,4 +1,4 @@
-"""One sweep as a frozen model: read from TOML, overridden from the command line, checked at the door.
+"""One sweep as a frozen model: read from TOML, overridden, checked at the door.
 
 Imports neither torch nor Ray, so that a laptop can check and submit a sweep.
 """

@@ -170,8 +170,16 @@ def note(front: Front) -> str:
     ]
     for record in (*front.members, front.dense):
         test = f"{record.test_top1:.1f}" if record.test_top1 is not None else ""
-        lines.append(
-            f"| {record.name} | {record.val_top1:.1f} | {test} | {cost_ratio(front, record):.2f}x | "
-            f"{record.gmacs:.4g} | {record.effective_gmacs:.4g} | {record.params:,} | {record.plan_line} |"
-        )
+        ratio = f"{cost_ratio(front, record):.2f}x"
+        cells = [
+            record.name,
+            f"{record.val_top1:.1f}",
+            test,
+            ratio,
+            f"{record.gmacs:.4g}",
+            f"{record.effective_gmacs:.4g}",
+            f"{record.params:,}",
+            record.plan_line,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -171,7 +171,7 @@ def finish(sweep: Sweep, dense: PrunableViT, recorder: Recorder) -> Front:
     }
     for name, top1 in pending.items():
         records[name] = dataclasses.replace(records[name], test_top1=ray.get(top1))
-    return write_all(sweep, recorder, list(records.values()))
+    return write_all(sweep, recorder, sorted(records.values(), key=lambda r: r.trial))
 
 
 def write_all(sweep: Sweep, recorder: Recorder, records: list[TrialRecord]) -> Front:

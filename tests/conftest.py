@@ -1,9 +1,17 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -67,3 +75,87 @@ def images_for(vit: PrunableViT, count: int = 3) -> Tensor:
     return torch.randn(
         count, shape.channels, *shape.image, generator=torch.Generator().manual_seed(3)
     )
+
+
+def png(pixels: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def random_pixels(count: int, height: int, width: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+
+
+def write_images(
+    path: Path, files: list[bytes | None], labels: list[int], group: int = 10_000
+) -> Path:
+    """Write a Parquet file in the Hugging Face image schema."""
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = [{"bytes": data, "path": f"{path.stem}/{i}.png"} for i, data in enumerate(files)]
+    table = pa.table({"image": pa.array(rows, kind), "label": pa.array(labels, pa.int64())})
+    pq.write_table(table, path, row_group_size=group)
+    return path
+
+
+def labelled(count: int, seed: int) -> tuple[list[bytes | None], list[int]]:
+    """Images of five classes that differ in brightness, so that there is something to learn."""
+    labels = [(i * 7 + seed) % 5 for i in range(count)]
+    noise = random_pixels(count, 24, 16, seed).astype(int) - 128
+    pixels = [np.clip(25 + 50 * c + n // 4, 0, 255) for c, n in zip(labels, noise, strict=True)]
+    return [png(p.astype(np.uint8)) for p in pixels], labels
+
+
+SWEEP_TOML = """
+name = "tiny"
+budget = [0.5, 0.9]
+trials = 6
+ladder = 2
+epochs = 1
+storage = "{folder}/results"
+
+[model]
+path = "{folder}/vit.safetensors"
+mean = [0.5, 0.5, 0.5]
+std = [0.25, 0.25, 0.25]
+
+[data]
+train = "{folder}/train.parquet"
+val = "{folder}/val.parquet"
+test = "{folder}/test.parquet"
+batch_size = 16
+calibration = 32
+cache_dir = "{folder}/cache"
+
+[[steps]]
+method = "grouped"
+
+[[steps]]
+method = "evit"
+
+[[steps]]
+method = "magnitude"
+"""
+
+
+@pytest.fixture
+def sweep_file(tmp_path: Path, tiny: Callable[..., PrunableViT]) -> Path:
+    """A whole small sweep: model, data and TOML."""
+    for seed, (split, count) in enumerate((("train", 80), ("val", 40), ("test", 30))):
+        write_images(tmp_path / f"{split}.parquet", *labelled(count, seed))
+    state = {key: value.contiguous() for key, value in tiny().vit.state_dict().items()}
+    save_file(state, tmp_path / "vit.safetensors", {"arch": json.dumps(TINY)})
+    path = tmp_path / "tiny.toml"
+    path.write_text(SWEEP_TOML.format(folder=tmp_path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """Ray, started once for all tests."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()

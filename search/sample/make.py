@@ -1,7 +1,7 @@
 """Makes the sample of CIFAR-10 beside this file: `python search/sample/make.py TRAIN TEST [OUT]`.
 
-TRAIN and TEST are the Parquet files of CIFAR-10 in the Hugging Face image schema. Validation and test
-images both come from TEST, because the sample's model has seen every image of TRAIN.
+TRAIN and TEST are the Parquet files of CIFAR-10 in the Hugging Face image schema. Validation and
+test images both come from TEST, because the sample's model has seen every image of TRAIN.
 """
 
 from __future__ import annotations
