@@ -9,17 +9,20 @@ from pathlib import Path
 
 from search.progress import front_table
 from search.results import read_front, read_trials
-from search.sweep import SweepError, check_files, load_sweep
+from search.sweep import SweepError, SweepFailedError, check_files, load_sweep
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0, or 2 if what was given is wrong."""
+    """Run the command line; return 0, 1 if a sweep failed, or 2 if what was given is wrong."""
     args = _parser().parse_args(arguments)
     try:
         args.run(args)
     except (SweepError, FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except SweepFailedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

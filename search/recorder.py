@@ -14,7 +14,7 @@ from ray.tune.experiment import Trial
 from pruners import Plan
 from search.progress import Progress
 from search.results import TrialRecord, build_front, write_front, write_trials
-from search.sweep import Sweep
+from search.sweep import Sweep, SweepFailedError
 from search.tracking import Tracker
 
 METRICS = (
@@ -53,7 +53,7 @@ class Recorder(tune.Callback):
         Ray only logs it when it cannot restore a run, and starts anew.
         """
         if self.must_restore:
-            raise RuntimeError(
+            raise SweepFailedError(
                 f"the state of the sweep in {self.sweep.directory} cannot be read; "
                 "move the directory away to start anew"
             )
@@ -127,7 +127,7 @@ class Recorder(tune.Callback):
             front = build_front(records, self.sweep.cost)
             write_front(self.sweep.directory / "front.json", front)
             ended = sum(r.status != "running" for r in records)
-            self.tracker.update_front(front, ended)
+            self.tracker.update_front(front, records, ended)
         self.progress.ended_with(record, front)
 
 

@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from search.space import OutOfReachError, Proposal, Space
-from search.sweep import Sweep
+from search.sweep import Sweep, SweepFailedError
 
 OBJECTIVES = ["val_top1", "cost_ratio"]
 """What a trial is told by: the first is maximised, the second minimised."""
@@ -121,7 +121,7 @@ class PlanSearcher(Searcher):
                 return trial, self.space.propose(self.space.sample(trial))
             except OutOfReachError:
                 self.study.tell(trial, state=TrialState.FAIL)
-        raise RuntimeError(
+        raise SweepFailedError(
             f"{REFUSALS} proposals in a row were out of the budget's reach; give a wider budget"
         )
 

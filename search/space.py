@@ -107,8 +107,8 @@ class Space:
         """Return the plan of some parameters, scaled to the sampled budget.
 
         Steps that are absent join if the others alone cannot reach the budget: refusing such
-        parameters would teach a sampler nothing, and it would propose them again. Of the two plans around the budget (units are whole) the one whose cost is nearer is taken,
-        within the sweep's range.
+        parameters would teach a sampler nothing, and it would propose them again. Of the two plans
+        around the budget (units are whole) the nearer one within the sweep's range is taken.
 
         Raises:
             OutOfReachError: If neither lies within the range.

@@ -27,6 +27,10 @@ class SweepError(ValueError):
     """Something that was asked for is wrong: one line says what, where, and what would be right."""
 
 
+class SweepFailedError(RuntimeError):
+    """A sweep could not be brought to an end."""
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -21,6 +21,9 @@ from search.results import Front, TrialRecord, front_json
 RUNS = "mlflow.json"
 """File of a sweep's directory that says which MLflow runs are its own."""
 
+REDRAW_S = 60.0
+"""Pictures of a changing front are drawn at most this often: the page alone has 5 MB."""
+
 _STATUS = {"finished": "FINISHED", "dense": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 _MOST_PARAMS = 100  # that MLflow takes in one batch
 
@@ -31,7 +34,8 @@ class Tracker:
     def __init__(self, client: MlflowClient, directory: Path, runs: dict[str, Any]) -> None:
         """Use `open` instead."""
         self.client, self.directory, self.runs = client, directory, runs
-        self.members: set[str] = set()
+        self.members: set[str] | None = None  # unknown to a driver that goes on where one ended
+        self.drawn = 0.0
 
     @classmethod
     def open(cls, uri: str | None, directory: Path, name: str, sweep_toml: str) -> Tracker:
@@ -88,7 +92,7 @@ class Tracker:
         self.client.log_batch(run, tags=tags)
         self.client.set_terminated(run, _STATUS[record.status])
 
-    def update_front(self, front: Front, ended: int) -> None:
+    def update_front(self, front: Front, records: Sequence[TrialRecord], ended: int) -> None:
         """Log the hypervolume after `ended` trials and, if the front changed, its members."""
         now = int(time.time() * 1000)
         metrics = [
@@ -99,15 +103,19 @@ class Tracker:
         members = {member.trial for member in front.members}
         if members == self.members:
             return
-        for trial in members ^ self.members:
+        known = set(self.runs["trials"])
+        for trial in known if self.members is None else members ^ self.members:
             value = "true" if trial in members else "false"
             self.client.set_tag(self.runs["trials"][trial], "front", value)
         self.members = members
         self.client.log_dict(self.runs["parent"], front_json(front), "front.json")
         self.client.set_tag(self.runs["parent"], "mlflow.note.content", note(front))
+        if time.monotonic() - self.drawn >= REDRAW_S:
+            self.draw(front, records)
 
     def draw(self, front: Front, records: Sequence[TrialRecord]) -> None:
         """Log the pictures of the front."""
+        self.drawn = time.monotonic()
         parent = self.runs["parent"]
         self.client.log_text(parent, front_html(front, records), "front.html")
         for draw, name in ((front_png, "front.png"), (kept_png, "kept.png")):

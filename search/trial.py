@@ -184,7 +184,7 @@ def calibration_batches(
     return islice(batches, max(1, sweep.data.calibration // batch))
 
 
-def test_top1(directory: Path, sweep: Sweep, dense: PrunableViT) -> float:
+def measure_on_test(directory: Path, sweep: Sweep, dense: PrunableViT) -> float:
     """Measure a saved model on the test split, in percent."""
     torch.set_num_threads(max(1, int(sweep.resources.cpu)))
     device = torch.device("cuda" if sweep.resources.gpu else "cpu")

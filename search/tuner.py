@@ -17,9 +17,9 @@ from search.recorder import Recorder
 from search.results import Front, TrialRecord, build_front, write_front, write_trials
 from search.searcher import PlanSearcher
 from search.space import Space
-from search.sweep import Sweep, SweepError, sweep_toml
+from search.sweep import Sweep, SweepError, SweepFailedError, sweep_toml
 from search.tracking import Tracker
-from search.trial import PlanTrial, TrialInputs, test_top1
+from search.trial import PlanTrial, TrialInputs, measure_on_test
 
 TRIALS = "trials"
 """Folder of a sweep's directory that Ray Tune keeps its state and the trials' checkpoints in."""
@@ -42,9 +42,9 @@ def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) ->
     Raises:
         SweepError: If the directory holds another sweep.
     """
+    concurrent = sweep.concurrency or most_trials_at_once(sweep)
     resuming = prepare_directory(sweep)
     tracker = Tracker.open(sweep.tracking, sweep.directory, sweep.name, sweep_toml(sweep))
-    concurrent = sweep.concurrency or most_trials_at_once(sweep)
     progress = Progress(stream, trials=sweep.trials, epochs=sweep.epochs)
     recorder = Recorder(sweep, tracker, progress, resuming=resuming)
     searcher = PlanSearcher(sweep, space)
@@ -149,18 +149,18 @@ def finish(sweep: Sweep, dense: PrunableViT, recorder: Recorder) -> Front:
     """Measure the front and the dense model on the test split, once, and write everything down.
 
     Raises:
-        RuntimeError: If the dense model could not be measured, so that there is no front.
+        SweepFailedError: If the dense model could not be measured, so that there is no front.
     """
     records = recorder.records
     failed = next(
         (r for r in records.values() if r.origin == "dense" and r.status != "dense"), None
     )
     if failed is not None:
-        raise RuntimeError(
+        raise SweepFailedError(
             f"the dense model could not be measured: {failed.reason or failed.status}"
         )
     front = build_front(list(records.values()), sweep.cost)
-    measure = ray.remote(test_top1).options(
+    measure = ray.remote(measure_on_test).options(
         num_cpus=sweep.resources.cpu, num_gpus=sweep.resources.gpu, max_retries=sweep.max_failures
     )
     names = [front.dense.trial, *(member.trial for member in front.members)]

@@ -144,8 +144,9 @@ def sweep_file(tmp_path: Path, tiny: Callable[..., PrunableViT]) -> Path:
     """A whole small sweep: model, data and TOML."""
     for seed, (split, count) in enumerate((("train", 80), ("val", 40), ("test", 30))):
         write_images(tmp_path / f"{split}.parquet", *labelled(count, seed))
-    state = {key: value.contiguous() for key, value in tiny().vit.state_dict().items()}
-    save_file(state, tmp_path / "vit.safetensors", {"arch": json.dumps(TINY)})
+    args = {**TINY, "patch_size": 4}  # 24 patches
+    state = {key: value.contiguous() for key, value in tiny(**args).vit.state_dict().items()}
+    save_file(state, tmp_path / "vit.safetensors", {"arch": json.dumps(args)})
     path = tmp_path / "tiny.toml"
     path.write_text(SWEEP_TOML.format(folder=tmp_path))
     return path

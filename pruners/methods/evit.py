@@ -63,14 +63,12 @@ class EViTReducer(TokenReducer):
 
     def tokens_after(self, tokens: int) -> int:
         """Prefix, kept patches, and one fused token if any patch was dropped."""
-        patches = tokens - self.prefix_tokens
-        kept = patches_kept(patches, self.share)
-        return tokens if kept == patches else self.prefix_tokens + kept + self.fuse
+        kept, dropped = self._split(tokens)
+        return self.prefix_tokens + kept + (self.fuse and dropped > 0)
 
     def macs(self, tokens: int, heads: int, qk_dim: int, dim: int) -> int:
         """Count the scoring queries' attention and the weighted sum of the dropped tokens."""
-        patches = tokens - self.prefix_tokens
-        dropped = patches - patches_kept(patches, self.share)
+        _, dropped = self._split(tokens)
         if dropped == 0:
             return 0
         queries = 1 if self.class_token else tokens
@@ -78,9 +76,8 @@ class EViTReducer(TokenReducer):
 
     def forward(self, x: Tensor, query: Tensor, key: Tensor, scale: float) -> Tensor:
         """Keep the most attended patches; see `TokenReducer.forward`."""
-        patches = x.shape[1] - self.prefix_tokens
-        kept = patches_kept(patches, self.share)
-        if kept == patches:
+        kept, dropped = self._split(x.shape[1])
+        if dropped == 0:
             return x
         queries = query[:, :, :1] if self.class_token else query
         attentiveness = attention_rows(queries, key, scale).mean(dim=1)[
@@ -93,3 +90,12 @@ class EViTReducer(TokenReducer):
             weights = attentiveness.gather(1, drop).to(x.dtype).unsqueeze(1)  # [B, 1, dropped]
             parts.append(weights @ take_tokens(body, drop))
         return torch.cat(parts, dim=1)
+
+    def _split(self, tokens: int) -> tuple[int, int]:
+        """How many patches are kept and dropped.
+
+        Dropping one patch and appending a fused one shortens nothing, so nothing is dropped then.
+        """
+        patches = tokens - self.prefix_tokens
+        kept = patches_kept(patches, self.share)
+        return (kept, patches - kept) if kept + self.fuse < patches else (patches, 0)

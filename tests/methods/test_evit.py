@@ -134,3 +134,11 @@ def test_blocks_without_attention_have_no_site(tiny) -> None:
     vit = tiny()
     load_method("grouped", criterion="magnitude").cut(vit, {}, {"blocks.1.attn.head": 1.0})
     assert list(load_method("evit").sites(vit.shape())) == ["blocks.0.token", "blocks.2.token"]
+
+
+def test_dropping_a_single_patch_for_a_fused_one_is_not_done(tiny) -> None:
+    vit = tiny()  # 6 patches: ceil(0.8 * 6) = 5 would stay
+    shape = load_method("evit").shrink(vit.shape(), {"blocks.0.token": 0.2})
+    assert cost_of(shape) == cost_of(vit.shape())
+    gone = load_method("evit", fuse=False).shrink(vit.shape(), {"blocks.0.token": 0.2})
+    assert gone.blocks[0].mlp_tokens == 6

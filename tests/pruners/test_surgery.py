@@ -33,7 +33,7 @@ def dropped(count: int, kept: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def mask_units(vit: PrunableViT, index: int, heads, qk, v, neurons) -> None:
-    """Zeroes the weights of everything that is not kept; an implementation of its own, row by row."""
+    """Zeroes the weights of all that is not kept; an implementation of its own, row by row."""
     attn, mlp = vit.blocks[index].attn, vit.blocks[index].mlp
     k_start, v_start = attn.heads * attn.qk_dim, 2 * attn.heads * attn.qk_dim
     for head in range(attn.heads):

@@ -1,0 +1,81 @@
+"""The README's line for clusters, for real: `ray job submit` with token authentication."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A head node of its own, started as a person would; yields the submitter's environment."""
+    dashboard = free_port()
+    token = tmp_path / "token"
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    token.write_text("0123456789abcdef" * 4)
+    folder = Path(tempfile.mkdtemp(prefix="ray"))  # not tmp_path: paths of sockets must be short
+    started = [
+        RAY, "start", "--head", "--num-cpus=2", f"--port={free_port()}", "--dashboard-host=127.0.0.1",
+        f"--dashboard-port={dashboard}", f"--temp-dir={folder}", "--disable-usage-stats", "--block",
+    ]  # fmt: skip
+    head = subprocess.Popen(
+        started, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    head.terminate()
+    head.wait(timeout=30)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def submit(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [RAY, "job", "submit", "--working-dir", ".", "--", *command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+
+
+@pytest.mark.timeout(180)
+def test_a_sweep_runs_as_a_ray_job(cluster: dict[str, str], sweep_file: Path) -> None:
+    deadline_tries = 30
+    for _ in range(deadline_tries):
+        listed = subprocess.run(
+            [RAY, "job", "list"], env=cluster, capture_output=True, text=True, timeout=60
+        )
+        if listed.returncode == 0:
+            break
+    assert listed.returncode == 0, listed.stderr
+    sets = ["trials=3", "ladder=1"]
+    done = submit(cluster, sys.executable, "-m", "search", "run", str(sweep_file), "--set", *sets)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"\[3/3\] .*: val", done.stdout)
+    front = json.loads((sweep_file.parent / "results" / "tiny" / "front.json").read_text())
+    assert front["front"]
+
+    # Without the token nobody gets in.
+    stranger = {**cluster, "RAY_AUTH_TOKEN_PATH": str(sweep_file)}
+    refused = submit(stranger, "true")
+    assert refused.returncode != 0

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from search.results import build_front
+from search.tracking import Tracker, local_uri, trial_params, ui_command
+from tests.search.test_results import DENSE, record
+
+SHAPE = {
+    "dim": 8,
+    "blocks": [{"tokens": 5, "mlp_tokens": 5, "heads": 2, "qk_dim": 4, "v_dim": 4, "hidden": 16}],
+    "nonzero": {},
+}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sweep")
+
+
+@pytest.fixture(scope="module")
+def client(directory: Path) -> MlflowClient:
+    """One whole sweep, tracked; the tests look at what is there."""
+    dense = dataclasses.replace(DENSE, shape=SHAPE)
+    first, second, third = (
+        record(f"000{i}", cost, top1, shape=SHAPE)
+        for i, (cost, top1) in enumerate(((0.6, 60.0), (0.5, 70.0), (0.3, 40.0)), 1)
+    )
+    failed = record("0004", 0.4, None, "failed", reason="epoch 1: loss is nan")
+    tracker = Tracker.open(None, directory, "my sweep", 'name = "my sweep"\n')
+    for r in (dense, first):
+        tracker.start_trial(r)
+        for epoch in range(3):
+            tracker.epoch(r.trial, epoch, {"val_top1": 50.0 + epoch, "gmacs": 0.5})
+        tracker.finish_trial(r)
+    tracker.update_front(build_front([dense, first], "effective_gmacs"), [dense, first], 2)
+    # The driver dies and starts again: the same runs go on.
+    again = Tracker.open(None, directory, "my sweep", "")
+    for r in (second, third, failed):
+        again.start_trial(r)
+        again.finish_trial(r)
+    records = [dense, first, second, third, failed]
+    again.update_front(build_front(records, "effective_gmacs"), records, 5)
+    tested = [dataclasses.replace(r, test_top1=r.val_top1) for r in records]
+    again.close(build_front(tested, "effective_gmacs"), tested)
+    return MlflowClient(tracking_uri=local_uri(directory))
+
+
+def runs(client: MlflowClient, query: str = "") -> dict[str, object]:
+    experiment = client.get_experiment_by_name("my sweep")
+    return {r.info.run_name: r for r in client.search_runs([experiment.experiment_id], query)}
+
+
+def test_a_parent_and_its_children(client: MlflowClient) -> None:
+    found = runs(client)
+    assert len(found) == 6
+    parent = found.pop("my sweep")
+    assert {r.data.tags["mlflow.parentRunId"] for r in found.values()} == {parent.info.run_id}
+    assert "0002 grouped 0.50x" in found
+
+
+def test_every_epoch_is_logged_once(client: MlflowClient) -> None:
+    run = runs(client)["0001 grouped 0.60x"]
+    history = client.get_metric_history(run.info.run_id, "val_top1")
+    assert [(m.step, m.value) for m in history] == [(0, 50.0), (1, 51.0), (2, 52.0)]
+
+
+def test_members_of_the_front_are_found_by_a_filter(client: MlflowClient) -> None:
+    assert set(runs(client, "tags.front = 'true'")) == {"0002 grouped 0.50x", "0003 grouped 0.30x"}
+    assert set(runs(client, "tags.status = 'failed'")) == {"0004 grouped 0.40x"}
+    failed = runs(client)["0004 grouped 0.40x"]
+    assert (failed.info.status, failed.data.tags["reason"]) == ("FAILED", "epoch 1: loss is nan")
+
+
+def test_params_are_readable(client: MlflowClient) -> None:
+    params = runs(client)["0002 grouped 0.50x"].data.params
+    assert params["methods"] == "grouped"
+    assert params["grouped.mlp.neuron.mean_share"] == "0.5000"
+    assert params["plan"] == "grouped: neurons -50 %"
+
+
+def test_the_parent_holds_the_front(client: MlflowClient, directory: Path) -> None:
+    parent = runs(client)["my sweep"]
+    history = client.get_metric_history(parent.info.run_id, "hypervolume")
+    assert [m.step for m in history] == [2, 5]
+    assert [m.value for m in history] == pytest.approx([0.4 * 0.6, 0.5 * 0.7 + 0.2 * 0.4])
+    names = {f.path for f in client.list_artifacts(parent.info.run_id)}
+    assert names == {"sweep.toml", "front.json", "front.html", "front.png", "kept.png"}
+    front = json.loads(
+        Path(client.download_artifacts(parent.info.run_id, "front.json")).read_text()
+    )
+    assert [m["trial"] for m in front["front"]] == ["0003", "0002"]
+    assert [m["test_top1"] for m in front["front"]] == [40.0, 70.0]
+    assert "| 0002 grouped 0.50x | 70.0 | 70.0 |" in parent.data.tags["mlflow.note.content"]
+    assert parent.info.status == "FINISHED"
+
+
+def test_the_plan_is_kept_as_json(client: MlflowClient) -> None:
+    run = runs(client)["0001 grouped 0.60x"]
+    plan = json.loads(Path(client.download_artifacts(run.info.run_id, "plan.json")).read_text())
+    assert plan == record("0001", 0.6, 60.0).plan
+
+
+def test_params_stay_within_what_mlflow_takes() -> None:
+    thresholds = {f"blocks.{i}.attn.head{i}": 0.5 for i in range(300)}
+    steps = [{"method": "grouped", "options": {}, "thresholds": thresholds}]
+    many = record("0001", 0.6, 60.0, plan={"steps": steps}, plan_line="x" * 9000)
+    params = trial_params(many)
+    assert max(map(len, params.values())) <= 500
+
+
+def test_ui_command() -> None:
+    assert (
+        ui_command(None, Path("results/a"))
+        == "mlflow ui --backend-store-uri sqlite:///results/a/mlflow.db"
+    )
+    assert ui_command("http://tracker:5000", Path("results/a")) == "open http://tracker:5000"

@@ -1,0 +1,178 @@
+"""Whole sweeps on Ray, small ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+from mlflow.tracking import MlflowClient
+from optuna.trial import TrialState
+
+from pruners import PrunableViT, ViTShape
+from pruners.training import evaluate
+from search.__main__ import main
+from search.check import check
+from search.results import read_front, read_trials
+from search.sweep import load_sweep
+from search.tracking import local_uri
+from search.trial import open_split
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+ROOT = Path(__file__).parents[2]
+
+
+def states(directory: Path) -> list[TrialState]:
+    storage = f"sqlite:///{directory / 'study.db'}"
+    return [t.state for t in optuna.load_study(study_name="tiny", storage=storage).trials]
+
+
+def test_a_sweep_from_command_to_front(
+    sweep_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", str(sweep_file), "--set", "trials=7"]) == 0
+    shown = capsys.readouterr().out
+    directory = sweep_file.parent / "results" / "tiny"
+    records = read_trials(directory / "trials.parquet")
+    assert [r.trial for r in records] == [f"{i:04d}" for i in range(7)]
+    assert [r.status for r in records] == ["dense", *["finished"] * 6]
+    assert [r.origin for r in records] == ["dense", "ladder", "ladder", *["search"] * 4]
+    dense = records[0]
+    for r in records[1:]:
+        assert 0.5 <= r.effective_gmacs / dense.effective_gmacs <= 0.9
+        assert [h["epoch"] for h in r.history] == [0, 1]
+    assert states(directory) == [TrialState.COMPLETE] * 6
+
+    front = read_front(directory / "front.json")
+    members = {m.trial: m for m in front.members}
+    assert members
+    assert all(m.test_top1 is not None for m in (front.dense, *front.members))
+    tested = {r.trial for r in records if r.test_top1 is not None}
+    assert tested == {"0000", *members}  # the test split is read for the front alone
+    for name in members:
+        assert name in shown
+    assert f"mlflow ui --backend-store-uri sqlite:///{directory}/mlflow.db" in shown
+
+    # Every family really acts, and what is stored is what was predicted.
+    mixed = records[1]
+    vit = PrunableViT.load(directory / mixed.checkpoint)
+    shape = ViTShape.from_json(mixed.shape)
+    assert mixed.methods == "grouped+evit+magnitude"
+    assert vit.shape() == shape
+    assert shape.blocks[0].hidden < 96
+    assert shape.blocks[2].mlp_tokens < 25
+    assert all((layer.weight == 0).any() for _, layer in vit.linears())
+
+    client = MlflowClient(tracking_uri=local_uri(directory))
+    experiment = client.get_experiment_by_name("tiny").experiment_id
+    marked = client.search_runs([experiment], "tags.front = 'true'")
+    assert {run.data.tags["trial"] for run in marked} == set(members)
+    assert len(client.search_runs([experiment])) == 8
+
+    # Running it again shows it; another sweep of the same name is refused.
+    before = (directory / "front.json").read_bytes()
+    assert main(["run", str(sweep_file), "--set", "trials=7"]) == 0
+    assert "holds this sweep, finished" in capsys.readouterr().out
+    assert (directory / "front.json").read_bytes() == before
+    assert main(["run", str(sweep_file), "--set", "trials=9"]) == 2
+    assert "holds another sweep of this name" in capsys.readouterr().err
+    assert main(["show", str(directory)]) == 0
+    assert "Front of top-1" in capsys.readouterr().out
+
+    # An exported model opens and is as good as the front says.
+    name = front.members[-1].trial
+    out = sweep_file.parent / "exported"
+    assert main(["export", str(directory), "--trial", name, "--out", str(out)]) == 0
+    sweep = load_sweep(sweep_file, ["trials=7"])
+    images = open_split(sweep, check(sweep)[0], "val")
+    measured = evaluate(PrunableViT.load(out), images.batches(256, seed=None, augment=False))
+    assert measured.top1 == members[name].val_top1
+    described = json.loads((out / "shape.json").read_text())["measured"]
+    assert described["test_top1"] == members[name].test_top1
+    assert sorted(os.listdir(out)) == ["model.safetensors", "shape.json"]
+
+
+def test_trials_that_fail_are_told_and_never_enter_the_front(
+    sweep_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = ["trials=4", "epochs=3", "finetune.lr=1e30", "finetune.warmup=0.0"]
+    assert main(["run", str(sweep_file), "--set", *sets]) == 0
+    directory = sweep_file.parent / "results" / "tiny"
+    records = read_trials(directory / "trials.parquet")
+    assert [r.status for r in records] == ["dense", *["failed"] * 3]
+    assert all("loss is nan" in r.reason for r in records[1:])
+    assert read_front(directory / "front.json").members == ()
+    assert states(directory) == [TrialState.FAIL] * 3
+    assert "failed, epoch" in capsys.readouterr().out
+    assert main(["export", str(directory), "--trial", "0001", "--out", "x"]) == 2
+    assert "trial 0001 is failed; give one that finished" in capsys.readouterr().err
+
+
+def test_an_error_in_the_dense_trial_ends_the_sweep_by_name(
+    sweep_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (sweep_file.parent / "cache").write_text("in the way")
+    sets = ["trials=2", "max_failures=0"]
+    assert main(["run", str(sweep_file), "--set", *sets]) == 1
+    shown = capsys.readouterr()
+    assert "the dense model could not be measured: " in shown.err
+    assert "0000 dense: failed" in shown.out
+
+
+def test_more_than_the_cluster_has_is_refused(
+    sweep_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", str(sweep_file), "--set", "resources.gpu=1"]) == 2
+    assert "no node of this cluster has" in capsys.readouterr().err
+    assert not (sweep_file.parent / "results" / "tiny").exists()
+
+
+def test_a_killed_driver_is_continued(sweep_file: Path) -> None:
+    directory = sweep_file.parent / "results" / "tiny"
+    command = [
+        sys.executable,
+        "-m",
+        "search",
+        "run",
+        str(sweep_file),
+        "--set",
+        "trials=8",
+        "epochs=2",
+    ]
+    import ray
+
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    driver = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    done: list[str] = []
+    deadline = time.monotonic() + 90
+    while len(done) < 4 and time.monotonic() < deadline:
+        time.sleep(0.2)
+        if (directory / "trials.parquet").exists():
+            ended = read_trials(directory / "trials.parquet")
+            done = [r.trial for r in ended if r.status in ("finished", "dense")]
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    assert len(done) >= 4
+    before = {r.trial: r for r in read_trials(directory / "trials.parquet")}
+    shown = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert shown.returncode == 0, shown.stderr
+    records = {r.trial: r for r in read_trials(directory / "trials.parquet")}
+    assert [r.status for r in records.values()] == ["dense", *["finished"] * 7]
+    assert len({json.dumps(r.plan, sort_keys=True) for r in records.values()}) == 8
+    # What had ended before Ray's last snapshot was not run again.
+    again = [t for t in done if f"] {t} " in shown.stdout]
+    assert len(again) < len(done)
+    for trial in set(done) - set(again):
+        assert records[trial].seconds == before[trial].seconds
+    assert TrialState.RUNNING not in states(directory)
+    client = MlflowClient(tracking_uri=local_uri(directory))
+    runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
+    assert len(runs) == 9  # no run twice
