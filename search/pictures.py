@@ -30,7 +30,7 @@ def front_html(front: Front, records: Sequence[TrialRecord]) -> str:
         template="plotly_white",
         margin={"l": 55, "r": 15, "t": 40, "b": 50},
         title={"text": f"hypervolume {front.hypervolume:.4f}", "font": {"size": 14}},
-        legend={"orientation": "h", "y": 1.02, "x": 1, "xanchor": "right", "yanchor": "bottom"},
+        legend={"y": 0.02, "x": 0.98, "xanchor": "right", "yanchor": "bottom"},
         hoverlabel={"align": "left"},
         autosize=True,
     )

@@ -24,6 +24,7 @@ RUNS = "mlflow.json"
 REDRAW_S = 60.0
 """Pictures of a changing front are drawn at most this often: the page alone has 5 MB."""
 
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # metrics first, in the UI
 _STATUS = {"finished": "FINISHED", "dense": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 _MOST_PARAMS = 100  # that MLflow takes in one batch
 
@@ -55,7 +56,11 @@ class Tracker:
             return cls(client, directory, json.loads(noted.read_text()))
         experiment = client.get_experiment_by_name(name)
         where = None if uri else (directory / "mlartifacts").resolve().as_uri()
-        identity = experiment.experiment_id if experiment else client.create_experiment(name, where)
+        identity = (
+            experiment.experiment_id
+            if experiment
+            else client.create_experiment(name, where, tags=_KIND)
+        )
         parent = client.create_run(identity, run_name=name, tags={"sweep": name}).info.run_id
         tracker = cls(client, directory, {"experiment": identity, "parent": parent, "trials": {}})
         tracker._note_runs()

@@ -27,7 +27,7 @@ TRIALS = "trials"
 DONE = "done"
 """File of a sweep's directory that says that it is finished."""
 
-_RAY_SETTINGS = {
+RAY_SETTINGS = {  # environment variables
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the recorder writes what is needed
     "RAY_AIR_NEW_OUTPUT": "0",  # which prints errors whatever `verbose` says
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths of a sweep are relative to where it was started
@@ -99,7 +99,7 @@ def run_trials(
 ) -> None:
     """Let Ray Tune run the trials."""
     inputs = TrialInputs(sweep=sweep, dense=dense)
-    os.environ |= _RAY_SETTINGS
+    os.environ |= RAY_SETTINGS
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the recorder says what failed
     tune.run(
         tune.with_parameters(PlanTrial, inputs=inputs),

@@ -27,17 +27,16 @@ def free_port() -> int:
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A head node of its own, started as a person would; yields the submitter's environment."""
+    """A head node of its own, as a person starts one; yields the submitter's environment."""
     dashboard = free_port()
     token = tmp_path / "token"
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     token.write_text("0123456789abcdef" * 4)
     folder = Path(tempfile.mkdtemp(prefix="ray"))  # not tmp_path: paths of sockets must be short
-    started = [
-        RAY, "start", "--head", "--num-cpus=2", f"--port={free_port()}", "--dashboard-host=127.0.0.1",
-        f"--dashboard-port={dashboard}", f"--temp-dir={folder}", "--disable-usage-stats", "--block",
-    ]  # fmt: skip
+    started = [RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={free_port()}"]
+    started += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    started += [f"--temp-dir={folder}", "--disable-usage-stats"]
     head = subprocess.Popen(
         started, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
