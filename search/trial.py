@@ -52,7 +52,7 @@ class PlanTrial(tune.Trainable):
             raise ValueError("inputs is None; give TrialInputs through tune.with_parameters")
         self.sweep = inputs.sweep
         torch.set_num_threads(max(1, int(self.sweep.resources.cpu)))
-        self.device = torch.device("cuda" if self.sweep.resources.gpu else "cpu")
+        self.device = trial_device(self.sweep)
         self.teacher = inputs.dense.to(self.device).eval().requires_grad_(False)
         self.teacher.use_fused_attention(self.device.type == "cuda")
         self.train_images = open_split(self.sweep, inputs.dense, "train")
@@ -161,6 +161,22 @@ class PlanTrial(tune.Trainable):
         }
 
 
+def trial_device(sweep: Sweep) -> torch.device:
+    """Return the device of this process's trials: the GPU that Ray gave it, or the CPU.
+
+    Raises:
+        ValueError: If trials get GPUs that PyTorch cannot use on this node.
+    """
+    if not sweep.resources.gpu:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"resources.gpu is {sweep.resources.gpu}, but PyTorch finds no GPU on this node; "
+            "install a CUDA build of torch there, or give --set resources.gpu=0"
+        )
+    return torch.device("cuda")
+
+
 def open_split(sweep: Sweep, dense: PrunableViT, split: str) -> Images:
     """Open `train`, `val` or `test` of a sweep's data, prepared for its model."""
     data = sweep.data
@@ -187,7 +203,7 @@ def calibration_batches(
 def measure_on_test(directory: Path, sweep: Sweep, dense: PrunableViT) -> float:
     """Measure a saved model on the test split, in percent."""
     torch.set_num_threads(max(1, int(sweep.resources.cpu)))
-    device = torch.device("cuda" if sweep.resources.gpu else "cpu")
+    device = trial_device(sweep)
     vit = PrunableViT.load(directory).to(device)
     vit.use_fused_attention(device.type == "cuda")
     images = open_split(sweep, dense, "test")

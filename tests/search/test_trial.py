@@ -11,7 +11,14 @@ from pruners.training import evaluate
 from search.check import check
 from search.searcher import PlanSearcher
 from search.sweep import load_sweep
-from search.trial import STATE, PlanTrial, TrialInputs, measure_on_test, open_split
+from search.trial import (
+    STATE,
+    PlanTrial,
+    TrialInputs,
+    measure_on_test,
+    open_split,
+    trial_device,
+)
 
 
 @pytest.fixture
@@ -135,3 +142,11 @@ def test_a_loss_that_is_not_finite_fails_by_name(sweep_file: Path) -> None:
     assert (last["status"], last["done"]) == ("failed", True)
     assert "loss is nan" in last["reason"]
     assert last["reason"].startswith("epoch ")
+
+
+def test_gpus_that_pytorch_cannot_use_are_named(sweep_file: Path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    sweep = load_sweep(sweep_file, ["resources.gpu=0.5"])
+    with pytest.raises(ValueError, match=r"resources\.gpu is 0\.5, but PyTorch finds no GPU"):
+        trial_device(sweep)
+    assert trial_device(load_sweep(sweep_file)) == torch.device("cpu")

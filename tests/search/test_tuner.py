@@ -23,6 +23,7 @@ from search.results import read_front, read_trials
 from search.sweep import load_sweep
 from search.tracking import local_uri
 from search.trial import open_split
+from search.tuner import bundle, most_trials_at_once
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 ROOT = Path(__file__).parents[2]
@@ -176,3 +177,32 @@ def test_a_killed_driver_is_continued(sweep_file: Path) -> None:
     client = MlflowClient(tracking_uri=local_uri(directory))
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
     assert len(runs) == 9  # no run twice
+
+
+@pytest.mark.parametrize(
+    ("resources", "room"),
+    [
+        ("{cpu=1}", 16 + 4),
+        ("{cpu=3}", 5 + 1),
+        ("{cpu=2, gpu=1}", 2),
+        ("{cpu=2, gpu=0.5}", 4),
+        ("{cpu=8, gpu=0.25}", 2),
+    ],
+)
+def test_room_is_counted_node_by_node(
+    resources: str, room: int, sweep_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 16.0, "GPU": 2.0}},
+        {"Alive": True, "Resources": {"CPU": 4.0}},
+        {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
+    ]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    sweep = load_sweep(sweep_file, [f"resources={resources}"])
+    assert most_trials_at_once(sweep) == room
+
+
+def test_a_trials_resources_are_ray_resources(sweep_file: Path) -> None:
+    sweep = load_sweep(sweep_file, ["resources={cpu=1, gpu=0.5}"])
+    assert bundle(sweep) == {"CPU": 1.0, "GPU": 0.5}
+    assert bundle(load_sweep(sweep_file)) == {"CPU": 1.0}
