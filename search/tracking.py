@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -153,10 +155,12 @@ def local_uri(directory: Path) -> str:
 
 
 def ui_command(uri: str | None, directory: Path) -> str:
-    """Return the command that opens the MLflow UI on a sweep."""
+    """Return what opens the MLflow UI on a sweep: a command, or a server's address."""
     if uri is not None and uri.startswith("http"):
-        return f"open {uri}"
-    return f"mlflow ui --backend-store-uri {uri or f'sqlite:///{directory}/mlflow.db'}"
+        return uri
+    here = os.path.relpath(Path(sys.executable).with_name("mlflow"))  # not everyone activates
+    program = "mlflow" if shutil.which("mlflow") else here
+    return f"{program} ui --backend-store-uri {uri or f'sqlite:///{directory}/mlflow.db'}"
 
 
 def trial_params(record: TrialRecord) -> dict[str, str]:

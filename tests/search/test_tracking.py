@@ -114,9 +114,12 @@ def test_params_stay_within_what_mlflow_takes() -> None:
     assert max(map(len, params.values())) <= 500
 
 
-def test_ui_command() -> None:
-    assert (
-        ui_command(None, Path("results/a"))
-        == "mlflow ui --backend-store-uri sqlite:///results/a/mlflow.db"
-    )
-    assert ui_command("http://tracker:5000", Path("results/a")) == "open http://tracker:5000"
+def test_ui_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = "mlflow ui --backend-store-uri sqlite:///results/a/mlflow.db"
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    assert ui_command(None, Path("results/a")) == ends
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    command = ui_command(None, Path("results/a"))
+    assert command.endswith(f"/{ends}")
+    assert Path(command.split()[0]).exists()
+    assert ui_command("http://tracker:5000", Path("results/a")) == "http://tracker:5000"
