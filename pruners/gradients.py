@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pruners.pruner import Batches
 from pruners.vit import PrunableViT
@@ -22,18 +23,91 @@ def batch_gradients(vit: PrunableViT, batches: Batches) -> Iterator[dict[str, Te
         ValueError: If a weight is frozen.
     """
     layers = dict(vit.linears())
+    check_layers(layers)
     weights = [layer.weight for layer in layers.values()]
+    with evaluating(vit):
+        for images, labels in batches:
+            device = weights[0].device
+            loss = F.cross_entropy(vit(images.to(device)), labels.to(device))
+            yield dict(zip(layers, torch.autograd.grad(loss, weights), strict=True))
+
+
+def sample_gradients(
+    vit: PrunableViT, images: Tensor, labels: Tensor, sites: Collection[str]
+) -> dict[str, Tensor]:
+    """Return site -> gradient of each image's own cross-entropy, [B, out, in].
+
+    The gradient of a linear layer's weight for one image is the sum over its tokens of the outer
+    product of the output's gradient and the input; so one forward and one backward pass serve all
+    images (Goodfellow, 2015, arXiv:1510.01799, for layers applied to many tokens).
+
+    Args:
+        vit: The model, in evaluation mode.
+        images: [B, channels, height, width].
+        labels: [B].
+        sites: The layers wanted.
+    """
+    layers = {site: layer for site, layer in vit.linears() if site in sites}
+    with _recorded(layers) as (inputs, outputs):
+        loss = F.cross_entropy(vit(images), labels, reduction="sum")
+    errors = torch.autograd.grad(loss, [outputs[site] for site in layers])
+    return {
+        site: torch.einsum("bno,bni->boi", error, inputs[site])
+        for site, error in zip(layers, errors, strict=True)
+    }
+
+
+def check_layers(layers: dict[str, nn.Linear]) -> None:
+    """Raise a ValueError that names the first layer whose weight is frozen or shared."""
+    owners: dict[int, str] = {}
     for site, layer in layers.items():
         if not layer.weight.requires_grad:
             raise ValueError(
                 f"{site} is frozen (requires_grad is False); unfreeze it to measure gradients"
             )
+        owner = owners.setdefault(id(layer.weight), site)
+        if owner != site:
+            raise ValueError(
+                f"{site} shares its weight with {owner}; give each a weight of its own"
+            )
+
+
+@contextmanager
+def evaluating(vit: PrunableViT) -> Iterator[None]:
+    """Run a model in evaluation mode with plain attention, and put both back afterwards.
+
+    Fused attention can neither be differentiated twice nor mapped over samples.
+    """
     was_training = vit.training
+    fused = [block.attn.fused_attn for block in vit.blocks if block.attn is not None]
     vit.eval()
+    vit.use_fused_attention(False)
     try:
-        for images, labels in batches:
-            device = weights[0].device
-            loss = F.cross_entropy(vit(images.to(device)), labels.to(device))
-            yield dict(zip(layers, torch.autograd.grad(loss, weights), strict=True))
+        yield
     finally:
         vit.train(was_training)
+        attentions = [block.attn for block in vit.blocks if block.attn is not None]
+        for attn, was_fused in zip(attentions, fused, strict=True):
+            attn.fused_attn = was_fused
+
+
+@contextmanager
+def _recorded(
+    layers: dict[str, nn.Linear],
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Record inputs and outputs of layers during a forward pass; nothing is left on the model."""
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def record(site: str, layer: nn.Linear) -> torch.utils.hooks.RemovableHandle:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            inputs[site], outputs[site] = arguments[0].detach(), output
+
+        return layer.register_forward_hook(hook)
+
+    handles = [record(site, layer) for site, layer in layers.items()]
+    try:
+        yield inputs, outputs
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -20,6 +20,20 @@ def keep_highest(scores: Tensor, kept: int) -> Tensor:
     return mask.view(scores.shape)
 
 
+def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
+    """Return a bool mask that keeps the `n` highest of each `m` consecutive scores of a row.
+
+    Args:
+        scores: [out, in], `in` a multiple of m.
+        n: Scores that stay, of each group.
+        m: Size of a group.
+    """
+    groups = scores.detach().unflatten(1, (-1, m))  # [out, in / m, m]
+    order = torch.argsort(groups, dim=-1, descending=True, stable=True)
+    mask = torch.zeros(groups.shape, dtype=torch.bool, device=scores.device)
+    return mask.scatter_(2, order[..., :n], True).flatten(1)
+
+
 def nonzero_mask(weight: Tensor, kept: int, site: str) -> Tensor:
     """Recover the mask of a stored weight: its `kept` entries of largest magnitude.
 

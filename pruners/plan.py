@@ -73,7 +73,7 @@ class Plan:
     def apply(
         self,
         vit: PrunableViT,
-        batches: Sequence[Any] | Batches = (),
+        batches: Batches = (),
         scores: Mapping[str, Scores] | None = None,
     ) -> None:
         """Cut a model in place.
@@ -87,14 +87,25 @@ class Plan:
         Raises:
             ValueError: As `shape` does.
         """
-        target = self.shape(vit.shape())
+        self.shape(vit.shape())  # refuses what cannot be, before anything is cut
         for step in self._active():
             known = (scores or {}).get(step.pruner.name)
-            step.pruner.cut(
-                vit, step.pruner.score(vit, batches) if known is None else known, step.thresholds
-            )
-        if vit.shape() != target:
-            raise AssertionError(f"plan {self.describe()} made another shape than it predicted")
+            thresholds = step.pruner.ramped(step.thresholds, 0)
+            target = step.pruner.shrink(vit.shape(), thresholds)
+            if known is None:
+                step.pruner.prune(vit, batches, thresholds)
+            else:
+                step.pruner.cut(vit, known, thresholds)
+            if vit.shape() != target:
+                raise AssertionError(f"{step.describe()} made another shape than it predicted")
+
+    def ramp(self, vit: PrunableViT, batches: Batches, epoch: int) -> None:
+        """Cut further before fine-tuning epoch 1, 2, ..., where a step is ramped over epochs."""
+        for step in self._active():
+            before = step.pruner.ramped(step.thresholds, epoch - 1)
+            thresholds = step.pruner.ramped(step.thresholds, epoch)
+            if thresholds != before:
+                step.pruner.prune(vit, batches, thresholds)
 
     def describe(self) -> str:
         """Say the plan in one line."""

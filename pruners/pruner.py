@@ -77,6 +77,14 @@ class Pruner(abc.ABC):
     def cut(self, vit: PrunableViT, scores: Scores, thresholds: Thresholds) -> None:
         """Cut in place."""
 
+    def prune(self, vit: PrunableViT, batches: Batches, thresholds: Thresholds) -> None:
+        """Score and cut in place."""
+        self.cut(vit, self.score(vit, batches), thresholds)
+
+    def ramped(self, thresholds: Thresholds, epoch: int) -> Thresholds:
+        """Return the thresholds to reach before fine-tuning epoch 1, 2, ... (0: at once)."""
+        return thresholds
+
     def check(self, shape: ViTShape, thresholds: Thresholds) -> None:
         """Raise a ValueError for an unknown site or a share out of range."""
         sites = self.sites(shape)

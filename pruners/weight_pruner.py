@@ -7,11 +7,17 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+from torch import Tensor
+
 from pruners.allocation import rank_globally, same_share
-from pruners.masks import apply_masks, keep_highest
-from pruners.pruner import Pruner, Scores, Thresholds
+from pruners.masks import apply_masks, keep_highest, keep_n_of_m
+from pruners.pruner import Batches, Pruner, Scores, Thresholds
 from pruners.shape import ViTShape, units_kept
 from pruners.vit import PrunableViT
+
+PATTERNS = {"none": (0, 0), "2:4": (2, 4), "4:8": (4, 8)}
+"""Name of a pattern -> (weights that stay, of so many consecutive inputs)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,17 +27,35 @@ class WeightPruner(Pruner, abc.ABC):
     Attributes:
         scope: How `allocate` spreads a budget: "global" ranks the weights of all layers together,
             "layer" gives each layer the same share.
+        pattern: "none" masks any weights; "2:4" and "4:8" keep as many of each 4 or 8 consecutive
+            inputs of every output. With a pattern, a layer whose share is at least half of the
+            pattern's (0.25) is masked to it, and other layers are not.
+        rounds: Sub-steps in which the shares are reached, linearly, scoring anew before each.
+        ramp_epochs: Epochs of fine-tuning over which the shares are reached, on a cubic ramp (Zhu &
+            Gupta, 2017, arXiv:1710.01878), scoring anew before each; 0 cuts at once.
     """
 
     family: ClassVar[str] = "weight"
 
     scope: Literal["global", "layer"] = "global"
+    pattern: Literal["none", "2:4", "4:8"] = "none"
+    rounds: int = 1
+    ramp_epochs: int = 0
 
     def __post_init__(self) -> None:
         """Check the options."""
         if self.scope not in ("global", "layer"):
             raise ValueError(
                 f"option scope of {self.name} is {self.scope!r}; give 'global' or 'layer'"
+            )
+        if self.pattern not in PATTERNS:
+            raise ValueError(
+                f"option pattern of {self.name} is {self.pattern!r}; give one of {list(PATTERNS)}"
+            )
+        if self.rounds < 1 or self.ramp_epochs < 0:
+            raise ValueError(
+                f"options rounds and ramp_epochs of {self.name} are {self.rounds} and "
+                f"{self.ramp_epochs}; give at least 1 and 0"
             )
 
     def sites(self, shape: ViTShape) -> dict[str, int]:
@@ -44,7 +68,7 @@ class WeightPruner(Pruner, abc.ABC):
         sites = self.sites(shape)
         nonzero = dict(shape.nonzero)
         for site, share in thresholds.items():
-            kept = units_kept(sites[site], share)
+            kept = self._kept(shape, site, sites[site], share)
             if kept < nonzero.get(site, sites[site]):
                 nonzero[site] = kept
         return dataclasses.replace(shape, nonzero=nonzero)
@@ -55,20 +79,59 @@ class WeightPruner(Pruner, abc.ABC):
         def shrink(shares: dict[str, float]) -> ViTShape:
             return self.shrink(shape, shares)
 
+        if self.pattern != "none":
+            return rank_globally(shape, {s: self._loss(v) for s, v in scores.items()}, shrink, macs)
         if self.scope == "layer":
             return same_share(list(self.sites(shape)), shrink, macs, largest=0.999)
-        return rank_globally(
-            shape, {s: v.flatten().sort().values for s, v in scores.items()}, shrink, macs
-        )
+        ascending = {site: score.flatten().sort().values for site, score in scores.items()}
+        return rank_globally(shape, ascending, shrink, macs)
+
+    def prune(self, vit: PrunableViT, batches: Batches, thresholds: Thresholds) -> None:
+        """Reach the thresholds in `rounds` sub-steps."""
+        for step in range(1, self.rounds + 1):
+            shares = {site: share * step / self.rounds for site, share in thresholds.items()}
+            self.prune_once(vit, batches, shares)
+
+    def prune_once(self, vit: PrunableViT, batches: Batches, thresholds: Thresholds) -> None:
+        """Score and mask."""
+        self.cut(vit, self.score(vit, batches), thresholds)
+
+    def ramped(self, thresholds: Thresholds, epoch: int) -> Thresholds:
+        """Return the shares of a cubic ramp: s (1 - (1 - (epoch + 1) / (ramp_epochs + 1))^3)."""
+        left = max(0.0, 1.0 - (epoch + 1) / (self.ramp_epochs + 1))
+        return {site: share * (1.0 - left**3) for site, share in thresholds.items()}
 
     def cut(self, vit: PrunableViT, scores: Scores, thresholds: Thresholds) -> None:
         """Mask the lowest scores of each layer; weights that were masked before stay so."""
         target = self.shrink(vit.shape(), thresholds)
-        layers = dict(vit.linears())
-        for site in (s for s, share in thresholds.items() if share > 0.0 and s in target.nonzero):
-            score = scores[site]
-            if site in vit.masks:
-                score = score.masked_fill(~vit.masks[site].to(score.device), float("-inf"))
-            mask = keep_highest(score, target.nonzero[site])
-            vit.masks[site] = mask.to(layers[site].weight.device)
-        apply_masks(layers, vit.masks)
+        for site, share in thresholds.items():
+            if share > 0.0 and site in target.nonzero:
+                vit.masks[site] = self.mask(vit, site, scores[site], target.nonzero[site])
+        apply_masks(dict(vit.linears()), vit.masks)
+
+    def mask(self, vit: PrunableViT, site: str, scores: Tensor, kept: int) -> Tensor:
+        """Return the mask of a layer: `kept` of the highest scores, or the pattern's."""
+        if site in vit.masks:
+            scores = scores.masked_fill(~vit.masks[site].to(scores.device), float("-inf"))
+        if self.pattern == "none":
+            return keep_highest(scores, kept)
+        return keep_n_of_m(scores, *PATTERNS[self.pattern])
+
+    def _kept(self, shape: ViTShape, site: str, weights: int, share: float) -> int:
+        if self.pattern == "none":
+            return units_kept(weights, share)
+        n, m = PATTERNS[self.pattern]
+        if share < 0.5 * (1.0 - n / m):
+            return weights
+        inputs = next(columns for name, _, columns, _ in shape.linears() if name == site)
+        if inputs % m:
+            raise ValueError(
+                f"{site} has {inputs} inputs; the pattern {self.pattern} needs a multiple of {m}"
+            )
+        return weights * n // m
+
+    def _loss(self, scores: Tensor) -> Tensor:
+        """Score [2] of masking a whole layer to the pattern (the second never goes)."""
+        keep = keep_n_of_m(scores, *PATTERNS[self.pattern])
+        lost = scores[~keep].double().sum()
+        return torch.stack([lost, lost])

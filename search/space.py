@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pruners import Plan, Pruner, Step, ViTShape, cost_of, load_method
+from pruners.weight_pruner import WeightPruner
 from search.sweep import StepSpec, Sweep, SweepError
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ class Space:
         self.low, self.high = sweep.budget.low, sweep.budget.high
         self.rungs = sweep.ladder
         self.steps = tuple(
-            _space_step(label, spec) for label, spec in zip(sweep.labels, sweep.steps, strict=True)
+            _space_step(label, spec, sweep.epochs)
+            for label, spec in zip(sweep.labels, sweep.steps, strict=True)
         )
         try:
             Plan(steps=tuple(Step(pruner=step.pruner) for step in self.steps))
@@ -189,7 +191,7 @@ class Space:
         return parameters
 
 
-def _space_step(label: str, spec: StepSpec) -> SpaceStep:
+def _space_step(label: str, spec: StepSpec, epochs: int) -> SpaceStep:
     try:
         pruner = load_method(spec.method, **spec.options)
     except (ValueError, TypeError) as error:
@@ -198,6 +200,11 @@ def _space_step(label: str, spec: StepSpec) -> SpaceStep:
         raise SweepError(
             f"max_share of step {label} is 1; "
             "give less than 1, only unit methods can remove a whole site"
+        )
+    if isinstance(pruner, WeightPruner) and pruner.ramp_epochs > epochs:
+        raise SweepError(
+            f"ramp_epochs of step {label} is {pruner.ramp_epochs}; "
+            f"give at most the sweep's epochs, {epochs}"
         )
     return SpaceStep(
         label=label, pruner=pruner, layered=spec.space == "layer", max_share=spec.max_share

@@ -72,6 +72,7 @@ class PlanTrial(tune.Trainable):
             if self.epoch < 0:
                 self._cut()
             else:
+                self.plan.ramp(self.vit, self._calibration(), self.epoch + 1)
                 loss = self.tuner.train_epoch(self._train_batches())
             self.measured = evaluate(self.vit, self._val_batches())
         except NonFiniteLossError as error:
@@ -102,6 +103,7 @@ class PlanTrial(tune.Trainable):
 
     def _begin(self, config: dict[str, Any]) -> None:
         self.config = config
+        self.plan = Plan.from_json(config["plan"])
         self.epoch, self.seconds = -1, 0.0
         self.measured = Evaluation(top1=0.0, loss=0.0, images=0, images_per_s=0.0)
         self.vit = copy.deepcopy(self.teacher).requires_grad_(True)
@@ -110,9 +112,11 @@ class PlanTrial(tune.Trainable):
 
     def _cut(self) -> None:
         torch.manual_seed(self._seed(0))
-        plan = Plan.from_json(self.config["plan"])
-        plan.apply(self.vit, list(calibration_batches(self.sweep, self.train_images, self.device)))
+        self.plan.apply(self.vit, self._calibration())
         self._new_tuner()
+
+    def _calibration(self) -> list[tuple[Tensor, Tensor]]:
+        return list(calibration_batches(self.sweep, self.train_images, self.device))
 
     def _new_tuner(self) -> None:
         batch = self.sweep.data.batch_size

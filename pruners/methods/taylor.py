@@ -38,12 +38,12 @@ class Taylor(WeightPruner):
     def score(self, vit: PrunableViT, batches: Batches) -> Scores:
         """Return the saliency of each weight."""
         layers = dict(vit.linears())
-        totals = {site: torch.zeros_like(layer.weight) for site, layer in layers.items()}
+        totals = {k: torch.zeros_like(v.weight, dtype=torch.float32) for k, v in layers.items()}
         seen = 0
         for gradients in batch_gradients(vit, islice(batches, self.num_batches)):
             seen += 1
             for site, gradient in gradients.items():
-                totals[site] += (layers[site].weight.detach() * gradient).abs()
+                totals[site] += (layers[site].weight.detach() * gradient).float().abs()
         if not seen:
             raise ValueError("taylor got no batches; give at least one")
         return {site: total / seen for site, total in totals.items()}

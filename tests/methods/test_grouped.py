@@ -112,3 +112,72 @@ def test_wrong_options_are_refused(tiny) -> None:
         load_method("grouped", criterion="evit")
     with pytest.raises(ValueError, match=r"v_dim is 1; give a share below 1"):
         load_method("grouped", units=ALL).shrink(tiny().shape(), {"blocks.0.attn.v_dim": 1.0})
+
+
+def test_a_gate_on_a_neuron_has_the_gradient_of_the_weights_behind_it(tiny, batches) -> None:
+    # After the activation: the column of fc2. Before it: the row of fc1 and its bias. They differ.
+    vit = tiny()
+    images, labels = batches[0]
+    mlp = vit.blocks[1].mlp
+    after = torch.ones(96, requires_grad=True)
+    before = torch.ones(96, requires_grad=True)
+    hooks = [
+        mlp.act.register_forward_pre_hook(lambda module, inputs: (inputs[0] * before,)),
+        mlp.act.register_forward_hook(lambda module, inputs, output: output * after),
+    ]
+    loss = torch.nn.functional.cross_entropy(vit(images), labels)
+    parameters = [mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight]
+    g_after, g_before, g1, b1, g2 = torch.autograd.grad(loss, [after, before, *parameters])
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(g_after, (g2 * mlp.fc2.weight).sum(0), rtol=1e-3, atol=1e-6)
+    row = (g1 * mlp.fc1.weight).sum(1) + b1 * mlp.fc1.bias
+    torch.testing.assert_close(g_before, row, rtol=1e-3, atol=1e-6)
+    assert not torch.allclose(g_after, g_before, rtol=0.1)
+    # The sum of absolute values that `grouped` takes bounds both of them together.
+    scores = load_method("grouped").score(vit, batches[:1])["blocks.1.mlp.neuron"]
+    assert (scores >= (g_after.abs() + (row - b1 * mlp.fc1.bias).abs()) * 0.999 - 1e-7).all()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_on_a_trained_vit_scores_rank_heads_like_ablation_does() -> None:
+    from pathlib import Path
+
+    from scipy.stats import spearmanr
+
+    from pruners import PrunableViT
+    from search.decode import ImageSpec
+    from search.parquet import open_images
+
+    sample = Path(__file__).parents[2] / "search" / "sample"
+    spec = ImageSpec(
+        size=(32, 32), channels=3, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
+    )
+    images = open_images(str(sample / "val.parquet"), spec)
+    data = list(images.batches(64, seed=2, augment=False))[:3]
+    vit = PrunableViT.from_safetensors(sample / "vit_cifar10.safetensors").eval()
+    vit.use_fused_attention(False)
+
+    @torch.no_grad()
+    def loss() -> float:
+        return sum(torch.nn.functional.cross_entropy(vit(x), y).item() for x, y in data)
+
+    dense, changes = loss(), []
+    for block in vit.blocks:
+        for head in range(4):
+            columns = slice(32 * head, 32 * head + 32)
+            kept = block.attn.proj.weight.detach().clone()
+            with torch.no_grad():
+                block.attn.proj.weight[:, columns] = 0.0
+            changes.append(loss() - dense)
+            with torch.no_grad():
+                block.attn.proj.weight.copy_(kept)
+    correlations = {}
+    for criterion in ("magnitude", "taylor", "fisher"):
+        scores = load_method("grouped", criterion=criterion).score(vit, data)
+        ranked = torch.cat([scores[f"blocks.{i}.attn.head"] for i in range(6)])
+        correlations[criterion] = spearmanr(ranked.numpy(), changes).statistic
+    assert correlations["taylor"] > 0.3
+    assert correlations["fisher"] > 0.3
+    assert min(correlations["taylor"], correlations["fisher"]) > correlations["magnitude"]

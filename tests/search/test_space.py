@@ -148,3 +148,11 @@ def test_whole_branches_may_go_where_allowed(sweep_file, tiny) -> None:
     space = Space(sweep, tiny().shape())
     shapes = [p.plan.shape(tiny().shape()) for p in proposals(space, 60)]
     assert any(block.heads == 0 or block.hidden == 0 for shape in shapes for block in shape.blocks)
+
+
+def test_a_ramp_longer_than_the_fine_tuning_is_refused(sweep_file, tiny) -> None:
+    steps = 'steps=[{method="cap", ramp_epochs=2}]'
+    with pytest.raises(
+        SweepError, match=r"ramp_epochs of step cap is 2; give at most .* epochs, 1"
+    ):
+        Space(load_sweep(sweep_file, [steps]), tiny().shape())

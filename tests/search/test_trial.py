@@ -150,3 +150,28 @@ def test_gpus_that_pytorch_cannot_use_are_named(sweep_file: Path, monkeypatch) -
     with pytest.raises(ValueError, match=r"resources\.gpu is 0\.5, but PyTorch finds no GPU"):
         trial_device(sweep)
     assert trial_device(load_sweep(sweep_file)) == torch.device("cpu")
+
+
+def test_a_ramped_step_ends_at_its_budget(sweep_file: Path) -> None:
+    steps = 'steps=[{method="taylor", ramp_epochs=2}]'
+    sweep = load_sweep(sweep_file, [steps, "epochs=3"])
+    inputs = TrialInputs(sweep=sweep, dense=check(sweep)[0])
+    searcher = PlanSearcher(sweep, check(sweep)[1])
+    searcher.suggest("t0")
+    config = searcher.suggest("t1")
+    results = run(trial(config, inputs))
+    densities = [r["density"] for r in results]
+    assert densities[0] > densities[1] > densities[2] == densities[3]
+    ratio = results[-1]["effective_gmacs"] / check(sweep)[1].dense_cost * 1e9
+    assert ratio == pytest.approx(config["cost_ratio"])
+
+
+@pytest.mark.parametrize("method", ["obd", "fisher", "woodfisher", "mfac", "cap", "fast_cap"])
+def test_every_weight_method_runs_as_a_step(method: str, sweep_file: Path) -> None:
+    sweep = load_sweep(sweep_file, [f'steps=[{{method="evit"}}, {{method="{method}"}}]'])
+    inputs = TrialInputs(sweep=sweep, dense=check(sweep)[0])
+    searcher = PlanSearcher(sweep, check(sweep)[1])
+    searcher.suggest("t0")
+    last = run(trial(searcher.suggest("t1"), inputs))[-1]
+    assert last["status"] == "finished"
+    assert last["density"] < 1.0

@@ -1,0 +1,49 @@
+"""Optimal Brain Damage: 1/2 w^2 H_ii, no compensation (LeCun et al., 1990)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from pruners.diagonal import hutchinson, quadratic_saliency, sample_mean_squares
+from pruners.pruner import Batches, Scores
+from pruners.vit import PrunableViT
+from pruners.weight_pruner import WeightPruner
+
+
+@dataclass(frozen=True, kw_only=True)
+class OBD(WeightPruner):
+    """Second-order saliency with the diagonal of the Hessian.
+
+    Attributes:
+        hessian: "gauss_newton" takes labels drawn from the model's own predictions: the squared
+            gradients then average to the diagonal of the Gauss-Newton matrix, never negative.
+            "hutchinson" estimates the Hessian itself as the mean of z * (H z) over random signs z
+            (Bekas et al., 2007); entries below 0, which occur away from a minimum, count as 0.
+        probes: Random sign vectors per batch, for "hutchinson".
+        seed: Of the drawn labels or signs.
+    """
+
+    hessian: Literal["gauss_newton", "hutchinson"] = "gauss_newton"
+    probes: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        if self.hessian not in ("gauss_newton", "hutchinson"):
+            raise ValueError(
+                f"option hessian of obd is {self.hessian!r}; give 'gauss_newton' or 'hutchinson'"
+            )
+        if self.probes < 1:
+            raise ValueError(f"option probes of obd is {self.probes}; give at least 1")
+
+    def score(self, vit: PrunableViT, batches: Batches) -> Scores:
+        """Return the saliency of each weight."""
+        generator = torch.Generator().manual_seed(self.seed)
+        if self.hessian == "hutchinson":
+            estimate = hutchinson(vit, batches, self.probes, generator)
+            return quadratic_saliency(vit, {k: v.clamp(min=0.0) for k, v in estimate.items()})
+        return quadratic_saliency(vit, sample_mean_squares(vit, batches, draw_labels=generator))
