@@ -155,7 +155,7 @@ def test_on_a_trained_vit_scores_rank_heads_like_ablation_does() -> None:
         size=(32, 32), channels=3, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
     )
     images = open_images(str(sample / "val.parquet"), spec)
-    data = list(images.batches(64, seed=2, augment=False))[:3]
+    data = list(images.batches(64, seed=2, augment=False))[:6]
     vit = PrunableViT.from_safetensors(sample / "vit_cifar10.safetensors").eval()
     vit.use_fused_attention(False)
 
@@ -178,6 +178,6 @@ def test_on_a_trained_vit_scores_rank_heads_like_ablation_does() -> None:
         scores = load_method("grouped", criterion=criterion).score(vit, data)
         ranked = torch.cat([scores[f"blocks.{i}.attn.head"] for i in range(6)])
         correlations[criterion] = spearmanr(ranked.numpy(), changes).statistic
-    assert correlations["taylor"] > 0.3
-    assert correlations["fisher"] > 0.3
-    assert min(correlations["taylor"], correlations["fisher"]) > correlations["magnitude"]
+    assert correlations["taylor"] > 0.35
+    assert correlations["fisher"] > 0.35
+    assert min(correlations["taylor"], correlations["fisher"]) > correlations["magnitude"] + 0.1
