@@ -61,13 +61,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=512, help="calibration images")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     args = parser.parse_args()
     spec = ImageSpec(size=(32, 32), channels=3, mean=MEAN, std=STD)
     train, val = (open_images(str(SAMPLE / f"{split}.parquet"), spec) for split in ("train", "val"))
     sets = [calibration(train, args.images, seed) for seed in range(args.seeds)]
     torch.set_num_threads(2)
     print(f"{'method':12} {'50 %':>14} {'70 %':>14} {'seconds':>9}", flush=True)
-    for name in METHODS:
+    for name in args.methods:
         start, cells = time.perf_counter(), []
         for sparsity in (0.5, 0.7):
             found = [top1(name, sparsity, batches, val) for batches in sets]
