@@ -49,6 +49,7 @@ class Attention(nn.Module):
         self.q_norm: nn.Module = attention.q_norm
         self.k_norm: nn.Module = attention.k_norm
         self.attn_drop: nn.Dropout = attention.attn_drop
+        self.norm: nn.Module = attention.norm
         self.proj: nn.Linear = attention.proj
         self.proj_drop: nn.Module = attention.proj_drop
 
@@ -61,7 +62,7 @@ class Attention(nn.Module):
         v = self._by_head(v, self.v_dim)  # [B, H, N, V]
         mixed = self._fused(q, k, v) if self.fused_attn else self._unfused(q, k, v)
         mixed = mixed.transpose(1, 2).flatten(2)  # [B, N, H * V]
-        return Attended(self.proj_drop(self.proj(mixed)), q, k)
+        return Attended(self.proj_drop(self.proj(self.norm(mixed))), q, k)
 
     def _by_head(self, x: Tensor, width: int) -> Tensor:
         return x.unflatten(-1, (self.heads, width)).transpose(1, 2)

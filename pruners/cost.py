@@ -75,6 +75,8 @@ def _params(shape: ViTShape) -> int:
     for site, rows, columns, _ in shape.linears():
         biased = shape.qkv_bias if site.endswith("qkv") else shape.proj_bias
         params += rows * columns + biased * rows
+    if shape.layer_scale:
+        params += sum(block.attn_out + block.mlp_out for block in shape.blocks)
     attentions = sum(block.heads > 0 for block in shape.blocks)
     mlps = sum(block.hidden > 0 for block in shape.blocks)
     return params + attentions * shape.attn_branch_params + mlps * shape.mlp_branch_params

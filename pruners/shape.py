@@ -23,6 +23,8 @@ class BlockShape:
         qk_dim: Width of q and k in each head.
         v_dim: Width of v in each head.
         hidden: MLP neurons; 0 means that the whole MLP branch is gone.
+        attn_out: Residual channels that the attention branch writes to; 0 without the branch.
+        mlp_out: Residual channels that the MLP branch writes to; 0 without the branch.
         reducer_macs: Multiply-adds that reducing the tokens itself costs per image.
     """
 
@@ -32,6 +34,8 @@ class BlockShape:
     qk_dim: int
     v_dim: int
     hidden: int
+    attn_out: int
+    mlp_out: int
     reducer_macs: int = 0
 
 
@@ -52,10 +56,10 @@ class ViTShape:
         proj_bias: Whether proj, fc1 and fc2 have a bias.
         qk_norm: Whether q and k are normalised over a head's width, which ties all its q/k dims
             together.
+        layer_scale: Whether a branch's output has a learned scale per channel.
         outer_params: Parameters outside the blocks.
-        attn_branch_params: Parameters of an attention branch besides qkv and proj (norms,
-            LayerScale).
-        mlp_branch_params: Parameters of an MLP branch besides fc1 and fc2.
+        attn_branch_params: Parameters of an attention branch's norms.
+        mlp_branch_params: Parameters of an MLP branch's norm.
         blocks: The blocks, first to last.
         nonzero: Weights that are not masked, by linear layer; a layer that is absent is dense.
     """
@@ -71,6 +75,7 @@ class ViTShape:
     qkv_bias: bool
     proj_bias: bool
     qk_norm: bool
+    layer_scale: bool
     outer_params: int
     attn_branch_params: int
     mlp_branch_params: int
@@ -89,10 +94,10 @@ class ViTShape:
                 inner = block.heads * block.v_dim
                 qkv = 2 * block.heads * block.qk_dim + inner
                 yield f"blocks.{index}.attn.qkv", qkv, self.dim, block.tokens
-                yield f"blocks.{index}.attn.proj", self.dim, inner, block.tokens
+                yield f"blocks.{index}.attn.proj", block.attn_out, inner, block.tokens
             if block.hidden:
                 yield f"blocks.{index}.mlp.fc1", block.hidden, self.dim, block.mlp_tokens
-                yield f"blocks.{index}.mlp.fc2", self.dim, block.hidden, block.mlp_tokens
+                yield f"blocks.{index}.mlp.fc2", block.mlp_out, block.hidden, block.mlp_tokens
 
     def to_json(self) -> dict[str, Any]:
         """Return a dictionary of plain numbers, lists and strings."""
@@ -116,8 +121,15 @@ class ViTShape:
         return cls(**{**values, "image": image, "patch": patch, "blocks": blocks})
 
 
-def units_kept(units: int, share: float) -> int:
-    """Return how many units stay when `share` of them is cut: at least one unless it is 1."""
+def units_kept(units: int, share: float, multiple: int = 1) -> int:
+    """Return how many units stay when `share` of them is cut: at least one unless it is 1.
+
+    What stays is rounded to the nearest multiple of `multiple`, at least one multiple; nothing is
+    rounded where nothing is cut.
+    """
     if share >= 1.0:
         return 0
-    return max(1, units - int(share * units + 0.5))
+    kept = max(1, units - int(share * units + 0.5))
+    if kept == units:
+        return units
+    return min(units, max(1, (2 * kept + multiple) // (2 * multiple)) * multiple)

@@ -7,11 +7,11 @@ model equals the model in which the unit was masked. Indices say what is *kept*.
 from __future__ import annotations
 
 import torch
-from timm.layers import Mlp
+from timm.layers import LayerScale, Mlp
 from torch import Tensor, nn
 
 from pruners.attention import Attention
-from pruners.shape import ViTShape
+from pruners.shape import BlockShape, ViTShape
 from pruners.vit import Block, PrunableViT
 
 
@@ -51,14 +51,76 @@ def keep_neurons(mlp: Mlp, neurons: Tensor) -> None:
     keep_inputs(mlp.fc2, neurons)
 
 
+def keep_ragged_dims(
+    attn: Attention, qk: Tensor, v: Tensor, multiple: int = 1
+) -> dict[str, Tensor]:
+    """Keep dims whose number differs from head to head; heads without v dims go.
+
+    The heads that stay are padded with zeros to the largest number of dims that one of them keeps,
+    rounded up to a multiple; so they stay one batched product, and the softmax scale stays too.
+
+    Args:
+        attn: The attention, of at least one head with v dims.
+        qk: [H, K] bool, the q/k dims that are kept.
+        v: [H, V] bool, the v dims that are kept.
+        multiple: What the padded sizes are rounded up to, at most K and V.
+
+    Returns:
+        The masks of qkv and proj that keep the padding zero; empty if there is no padding.
+    """
+    alive = v.any(dim=1).nonzero().flatten()
+    if len(alive) < attn.heads:
+        keep_heads(attn, alive)
+    qk, v = qk[alive], v[alive]
+    qk_dims, qk_real = _padded(qk, multiple)
+    v_dims, v_real = _padded(v, multiple)
+    if qk_dims.shape[1] < attn.qk_dim:
+        keep_qk_dims(attn, qk_dims)
+    if v_dims.shape[1] < attn.v_dim:
+        keep_v_dims(attn, v_dims)
+    rows = torch.cat([qk_real.flatten(), qk_real.flatten(), v_real.flatten()])
+    if bool(rows.all()):
+        return {}
+    with torch.no_grad():
+        attn.qkv.weight[~rows] = 0.0
+        if attn.qkv.bias is not None:
+            attn.qkv.bias[~rows] = 0.0
+        attn.proj.weight[:, ~v_real.flatten()] = 0.0
+    return {
+        "qkv": rows.unsqueeze(1).expand_as(attn.qkv.weight).clone(),
+        "proj": v_real.flatten().expand_as(attn.proj.weight).clone(),
+    }
+
+
+def padded_size(kept: int, size: int, multiple: int) -> int:
+    """Return what the largest head's `kept` of `size` dims are padded to."""
+    return min(size, -(-kept // multiple) * multiple)
+
+
+def keep_attention_writes(block: Block, rows: Tensor) -> None:
+    """Let the attention branch write only to the residual channels it writes to at `rows`."""
+    if block.attn is not None:
+        keep_outputs(block.attn.proj, rows)
+        _keep_scale(block.ls1, rows)
+        block.attn_rows = rows if block.attn_rows is None else block.attn_rows[rows]
+
+
+def keep_mlp_writes(block: Block, rows: Tensor) -> None:
+    """Let the MLP branch write only to the residual channels it writes to at `rows` [D']."""
+    if block.mlp is not None:
+        keep_outputs(block.mlp.fc2, rows)
+        _keep_scale(block.ls2, rows)
+        block.mlp_rows = rows if block.mlp_rows is None else block.mlp_rows[rows]
+
+
 def remove_attention(block: Block) -> None:
     """Remove the whole attention branch of a block, its bias included."""
-    block.norm1 = block.attn = block.ls1 = None
+    block.norm1 = block.attn = block.ls1 = block.attn_rows = None
 
 
 def remove_mlp(block: Block) -> None:
     """Remove the whole MLP branch of a block, its bias included."""
-    block.norm2 = block.mlp = block.ls2 = None
+    block.norm2 = block.mlp = block.ls2 = block.mlp_rows = None
 
 
 def keep_outputs(linear: nn.Linear, rows: Tensor) -> None:
@@ -84,9 +146,7 @@ def cut_to_shape(vit: PrunableViT, shape: ViTShape) -> None:
             f"shape has {len(shape.blocks)} blocks; the architecture has {len(vit.blocks)}"
         )
     for index, (block, target) in enumerate(zip(vit.blocks, shape.blocks, strict=True)):
-        _check_fits(
-            block, target.heads, target.qk_dim, target.v_dim, target.hidden, f"blocks.{index}"
-        )
+        _check_fits(block, target, f"blocks.{index}")
         if target.heads == 0:
             remove_attention(block)
         elif block.attn is not None:
@@ -94,24 +154,45 @@ def cut_to_shape(vit: PrunableViT, shape: ViTShape) -> None:
             if target.qk_dim < block.attn.qk_dim:
                 keep_qk_dims(block.attn, torch.arange(target.qk_dim).expand(target.heads, -1))
             keep_v_dims(block.attn, torch.arange(target.v_dim).expand(target.heads, -1))
+            if target.attn_out < block.attn.proj.out_features:
+                keep_attention_writes(block, torch.arange(target.attn_out))
         if target.hidden == 0:
             remove_mlp(block)
         elif block.mlp is not None:
             keep_neurons(block.mlp, torch.arange(target.hidden))
+            if target.mlp_out < block.mlp.fc2.out_features:
+                keep_mlp_writes(block, torch.arange(target.mlp_out))
 
 
-def _check_fits(block: Block, heads: int, qk_dim: int, v_dim: int, hidden: int, name: str) -> None:
+def _check_fits(block: Block, target: BlockShape, name: str) -> None:
     attn, mlp = block.attn, block.mlp
-    have = (
-        (attn.heads, attn.qk_dim, attn.v_dim) if attn is not None else (0, 0, 0),
-        mlp.fc1.out_features if mlp is not None else 0,
-    )
-    if heads > have[0][0] or qk_dim > have[0][1] or v_dim > have[0][2] or hidden > have[1]:
-        raise ValueError(
-            f"{name} of the shape has heads, qk_dim, v_dim, hidden = "
-            f"{heads}, {qk_dim}, {v_dim}, {hidden}; "
-            f"the architecture has {(*have[0], have[1])} at most"
-        )
+    have = {
+        "heads": attn.heads if attn is not None else 0,
+        "qk_dim": attn.qk_dim if attn is not None else 0,
+        "v_dim": attn.v_dim if attn is not None else 0,
+        "attn_out": attn.proj.out_features if attn is not None else 0,
+        "hidden": mlp.fc1.out_features if mlp is not None else 0,
+        "mlp_out": mlp.fc2.out_features if mlp is not None else 0,
+    }
+    for key, most in have.items():
+        if getattr(target, key) > most:
+            raise ValueError(
+                f"{name} of the shape has {key} = {getattr(target, key)}; "
+                f"the architecture has {most} at most"
+            )
+
+
+def _padded(kept: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
+    """Return indices [H, M], kept dims first, and a bool mask [H, M] of those that are kept."""
+    size = padded_size(int(kept.sum(dim=1).max()), kept.shape[1], multiple)
+    order = torch.argsort(kept.to(torch.uint8), dim=1, descending=True, stable=True)[:, :size]
+    return order, kept.gather(1, order)
+
+
+def _keep_scale(scale: nn.Module | None, rows: Tensor) -> None:
+    if isinstance(scale, LayerScale):
+        trains = scale.gamma.requires_grad
+        scale.gamma = nn.Parameter(scale.gamma.detach()[rows].clone(), requires_grad=trains)
 
 
 def _head_starts(heads: int, width: int, like: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
-"""The unit family: heads, head dims, MLP neurons and whole branches are removed."""
+"""The unit family: heads, head dims, MLP neurons, written channels and whole branches go."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,79 +12,128 @@ import torch
 from torch import Tensor
 
 from pruners.allocation import rank_globally
+from pruners.attention import Attention
 from pruners.pruner import Pruner, Scores, Thresholds
 from pruners.shape import BlockShape, ViTShape, units_kept
 from pruners.surgery import (
+    keep_attention_writes,
     keep_heads,
+    keep_mlp_writes,
     keep_neurons,
     keep_qk_dims,
+    keep_ragged_dims,
     keep_v_dims,
+    padded_size,
     remove_attention,
     remove_mlp,
 )
 from pruners.vit import Block, PrunableViT
 
-KINDS = {"head": "attn", "qk_dim": "attn", "v_dim": "attn", "neuron": "mlp"}
+KINDS = {
+    "head": "attn",
+    "qk_dim": "attn",
+    "v_dim": "attn",
+    "dim": "attn",
+    "ragged_dim": "attn",
+    "ragged_v_dim": "attn",
+    "attn_out": "attn",
+    "neuron": "mlp",
+    "mlp_out": "mlp",
+}
 """Kind of unit -> the branch it belongs to."""
+
+RAGGED = ("ragged_dim", "ragged_v_dim")
+WHOLE = ("head", "neuron", *RAGGED)
+"""Kinds whose site may go as a whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitPruner(Pruner, abc.ABC):
     """A method that scores units.
 
-    Sites and their scores: `blocks.<i>.attn.head` [H], `blocks.<i>.attn.qk_dim` [H, K],
-    `blocks.<i>.attn.v_dim` [H, V], `blocks.<i>.mlp.neuron` [F]. Of a head's dims each head loses
-    the same number, at positions of its own. A threshold of 1 for heads or neurons removes the
-    whole branch.
+    Sites and their scores, in block i:
+
+    - `blocks.<i>.attn.head` [H] and `blocks.<i>.mlp.neuron` [F]; a threshold of 1 removes the
+      whole branch;
+    - `blocks.<i>.attn.qk_dim` [H, K], `blocks.<i>.attn.v_dim` [H, V], and `blocks.<i>.attn.dim`
+      [H, K], which is both at once: each head loses the same number, at positions of its own;
+    - `blocks.<i>.attn.heads.<h>.dim` [K] and `.v_dim` [V] (kinds `ragged_dim`, `ragged_v_dim`):
+      head h loses a share of its own, and with a threshold of 1 goes as a whole;
+    - `blocks.<i>.attn.attn_out` [D] and `blocks.<i>.mlp.mlp_out` [D]: residual channels that the
+      branch no longer writes to.
+
+    Where q and k are normalised over a head's width, their dims stay and only v's go.
 
     Attributes:
         units: The kinds of units this step may cut.
+        multiple: What the numbers of dims, neurons and channels that stay are rounded to.
     """
 
     family: ClassVar[str] = "unit"
     whole_sites: ClassVar[bool] = True
 
     units: tuple[str, ...] = ("head", "neuron")
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         """Check the options."""
-        wrong = [unit for unit in self.units if unit not in KINDS]
+        wrong = [unit for unit in self.units if unit not in self.kinds()]
         if wrong or not self.units:
             raise ValueError(
-                f"option units of {self.name} is {list(self.units)}; give some of {list(KINDS)}"
+                f"option units of {self.name} is {list(self.units)}; "
+                f"give some of {list(self.kinds())}"
             )
+        dims = [unit for unit in self.units if unit.endswith("dim")]
+        alone = [unit for unit in dims if unit not in ("qk_dim", "v_dim")]
+        if (alone and len(dims) > 1) or (set(dims) & set(RAGGED) and "head" in self.units):
+            raise ValueError(
+                f"option units of {self.name} is {list(self.units)}, whose head dims overlap; "
+                f"give {alone[0]!r} without other dims"
+                + (" or heads" if alone[0] in RAGGED else "")
+            )
+        if self.multiple < 1:
+            raise ValueError(f"option multiple of {self.name} is {self.multiple}; give at least 1")
+
+    @classmethod
+    def kinds(cls) -> tuple[str, ...]:
+        """The kinds of units that the method can score."""
+        return ("head", "qk_dim", "v_dim", "neuron")
 
     def sites(self, shape: ViTShape) -> dict[str, int]:
         """Return the sites of the wanted kinds and their number of units (of dims: per head)."""
-        sites = {}
-        for index, block in enumerate(shape.blocks):
-            for kind in self.units:
-                count = {
-                    "head": block.heads,
-                    "qk_dim": block.qk_dim,
-                    "v_dim": block.v_dim,
-                    "neuron": block.hidden,
-                }[kind]
-                if count and not (kind == "qk_dim" and shape.qk_norm):
-                    sites[f"blocks.{index}.{KINDS[kind]}.{kind}"] = count
-        return sites
+        return {
+            site: count
+            for index, block in enumerate(shape.blocks)
+            for kind in self.units
+            for site, count in _sites(shape, block, index, kind)
+        }
 
     def check(self, shape: ViTShape, thresholds: Thresholds) -> None:
-        """Also refuse to remove all dims of a head: that is removing the heads."""
+        """Also refuse to remove all dims of all heads: that is removing the heads."""
         super().check(shape, thresholds)
         for site, share in thresholds.items():
-            if share == 1.0 and site.endswith("_dim"):
+            if share == 1.0 and kind_of(site) not in WHOLE:
                 raise ValueError(
-                    f"threshold of {site} is 1; give a share below 1, or 1 for the block's heads"
+                    f"threshold of {site} is 1; give a share below 1, or 1 for the block's heads "
+                    "or neurons"
                 )
 
     def shrink(self, shape: ViTShape, thresholds: Thresholds) -> ViTShape:
         """Return the shape with fewer units."""
         self.check(shape, thresholds)
-        blocks = (
-            _shrink_block(block, f"blocks.{i}", thresholds) for i, block in enumerate(shape.blocks)
-        )
-        return dataclasses.replace(shape, blocks=tuple(blocks))
+        blocks, nonzero = [], dict(shape.nonzero)
+        for index, block in enumerate(shape.blocks):
+            kept = dict(_units_kept(self, shape, block, index, thresholds))
+            zeros = _shrink_ragged(self, shape, index, kept, thresholds)
+            qkv_rows, v_columns = zeros or (0, 0)
+            if "dim" in kept:
+                kept["v_dim"] = kept.pop("dim")
+                kept |= {} if shape.qk_norm else {"qk_dim": kept["v_dim"]}
+            blocks.append(_without_empty_branches(dataclasses.replace(block, **kept)))
+            if zeros and blocks[-1].heads:
+                nonzero[f"blocks.{index}.attn.qkv"] = qkv_rows * shape.dim
+                nonzero[f"blocks.{index}.attn.proj"] = v_columns * blocks[-1].attn_out
+        return dataclasses.replace(shape, blocks=tuple(blocks), nonzero=nonzero)
 
     def allocate(self, shape: ViTShape, scores: Scores, macs: float) -> Thresholds:
         """Rank all units of all sites together, by score per MAC."""
@@ -92,54 +142,195 @@ class UnitPruner(Pruner, abc.ABC):
 
     def cut(self, vit: PrunableViT, scores: Scores, thresholds: Thresholds) -> None:
         """Remove the units of lowest score: heads first, then dims of the heads that stay."""
-        target = self.shrink(vit.shape(), thresholds)
+        before = vit.shape()
+        target = self.shrink(before, thresholds)
+        check_scores(self, before, scores, thresholds)
         for index, (block, shape) in enumerate(zip(vit.blocks, target.blocks, strict=True)):
-            _cut_attention(block, shape, scores, f"blocks.{index}.attn")
+            if block.attn is not None and shape.heads == 0:
+                remove_attention(block)
+            elif block.attn is not None:
+                for layer, mask in _cut_ragged(
+                    self, before, index, block.attn, scores, thresholds
+                ).items():
+                    vit.masks[f"blocks.{index}.attn.{layer}"] = mask
+                _cut_attention(block, shape, scores, f"blocks.{index}.attn")
             if block.mlp is not None and shape.hidden == 0:
                 remove_mlp(block)
-            elif block.mlp is not None and shape.hidden < block.mlp.fc1.out_features:
-                keep_neurons(
-                    block.mlp, _highest(scores[f"blocks.{index}.mlp.neuron"], shape.hidden)
-                )
+            elif block.mlp is not None:
+                _cut_mlp(block, shape, scores, f"blocks.{index}.mlp")
 
 
-def _shrink_block(block: BlockShape, name: str, thresholds: Thresholds) -> BlockShape:
-    def kept(units: int, kind: str) -> int:
-        return (
-            units_kept(units, thresholds.get(f"{name}.{KINDS[kind]}.{kind}", 0.0)) if units else 0
-        )
-
-    block = dataclasses.replace(
-        block,
-        heads=kept(block.heads, "head"),
-        qk_dim=kept(block.qk_dim, "qk_dim"),
-        v_dim=kept(block.v_dim, "v_dim"),
-        hidden=kept(block.hidden, "neuron"),
-    )
-    return block if block.heads else dataclasses.replace(block, qk_dim=0, v_dim=0)
+def kind_of(site: str) -> str:
+    """Return the kind of unit that a site is about."""
+    parts = site.split(".")
+    return f"ragged_{parts[-1]}" if "heads" in parts else parts[-1]
 
 
-def _cut_attention(block: Block, shape: BlockShape, scores: Scores, name: str) -> None:
-    attn = block.attn
-    if attn is None:
-        return
-    if shape.heads == 0:
-        remove_attention(block)
-        return
-    heads = torch.arange(attn.heads)
-    if shape.heads < attn.heads:
-        heads = _highest(scores[f"{name}.head"], shape.heads)
-        keep_heads(attn, heads)
-    if shape.qk_dim < attn.qk_dim:
-        keep_qk_dims(attn, _highest(scores[f"{name}.qk_dim"][heads], shape.qk_dim))
-    if shape.v_dim < attn.v_dim:
-        keep_v_dims(attn, _highest(scores[f"{name}.v_dim"][heads], shape.v_dim))
+def check_scores(pruner: Pruner, shape: ViTShape, scores: Scores, thresholds: Thresholds) -> None:
+    """Refuse scores of another network than the one that is cut.
+
+    Raises:
+        ValueError: That names the site.
+    """
+    for site, units in pruner.sites(shape).items():
+        if thresholds.get(site, 0.0) > 0.0 and scores[site].shape[-1] != units:
+            raise ValueError(
+                f"{pruner.name} has scores of {scores[site].shape[-1]} units at {site}, which has "
+                f"{units}; give scores of this network"
+            )
 
 
-def _highest(scores: Tensor, kept: int) -> Tensor:
+def highest(scores: Tensor, kept: int) -> Tensor:
     """Indices, ascending, of the `kept` highest scores along the last dimension."""
     order = torch.argsort(scores, dim=-1, descending=True, stable=True)
     return order[..., :kept].sort(dim=-1).values
+
+
+def _sites(shape: ViTShape, block: BlockShape, index: int, kind: str) -> Iterator[tuple[str, int]]:
+    """Yield the sites of one kind in one block, with their numbers of units (of dims: per head)."""
+    both = block.v_dim if block.qk_dim == block.v_dim or shape.qk_norm else 0
+    counts = {
+        "head": block.heads,
+        "qk_dim": 0 if shape.qk_norm else block.qk_dim,
+        "v_dim": block.v_dim,
+        "dim": both,
+        "ragged_dim": both,
+        "ragged_v_dim": block.v_dim,
+        "attn_out": block.attn_out,
+        "neuron": block.hidden,
+        "mlp_out": block.mlp_out,
+    }
+    if counts[kind] == 0:
+        return
+    if kind in RAGGED:
+        for head in range(block.heads):
+            yield ragged_site(index, head, kind), counts[kind]
+    else:
+        yield f"blocks.{index}.{KINDS[kind]}.{kind}", counts[kind]
+
+
+def ragged_site(index: int, head: int, kind: str) -> str:
+    """Return the site of one head's own dims."""
+    return f"blocks.{index}.attn.heads.{head}.{kind.removeprefix('ragged_')}"
+
+
+_FIELDS = {
+    "head": "heads",
+    "qk_dim": "qk_dim",
+    "v_dim": "v_dim",
+    "dim": "dim",
+    "neuron": "hidden",
+    "attn_out": "attn_out",
+    "mlp_out": "mlp_out",
+}
+
+
+def _units_kept(
+    pruner: UnitPruner, shape: ViTShape, block: BlockShape, index: int, thresholds: Thresholds
+) -> Iterator[tuple[str, int]]:
+    """Yield (field of the block's shape, units that stay) of the kinds that are not ragged."""
+    for kind in pruner.units:
+        if kind not in RAGGED:
+            for site, units in _sites(shape, block, index, kind):
+                multiple = 1 if kind == "head" else pruner.multiple
+                yield _FIELDS[kind], units_kept(units, thresholds.get(site, 0.0), multiple)
+
+
+def _ragged_counts(
+    pruner: UnitPruner, shape: ViTShape, index: int, thresholds: Thresholds
+) -> tuple[str, list[int]]:
+    """Return the ragged kind and the dims that each head keeps; no heads if nothing is cut."""
+    for kind in set(pruner.units) & set(RAGGED):
+        sites = dict(_sites(shape, shape.blocks[index], index, kind))
+        if any(thresholds.get(site, 0.0) > 0.0 for site in sites):
+            return kind, [units_kept(n, thresholds.get(site, 0.0)) for site, n in sites.items()]
+    return "", []
+
+
+def _shrink_ragged(
+    pruner: UnitPruner,
+    shape: ViTShape,
+    index: int,
+    kept: dict[str, int],
+    thresholds: Thresholds,
+) -> tuple[int, int] | None:
+    """Add heads and padded sizes to `kept`; return the rows and columns that are not padding.
+
+    None where nothing is padded.
+    """
+    kind, counts = _ragged_counts(pruner, shape, index, thresholds)
+    if not kind:
+        return None
+    block, alive = shape.blocks[index], [count for count in counts if count]
+    kept["heads"] = len(alive)
+    if not alive:
+        return None
+    qk_too = kind == "ragged_dim" and not shape.qk_norm
+    kept["v_dim"] = padded_size(max(alive), block.v_dim, pruner.multiple)
+    if qk_too:
+        kept["qk_dim"] = kept["v_dim"]
+    if min(alive) == kept["v_dim"]:
+        return None
+    qk_rows = sum(alive) if qk_too else len(alive) * block.qk_dim
+    return 2 * qk_rows + sum(alive), sum(alive)
+
+
+def _cut_ragged(
+    pruner: UnitPruner,
+    shape: ViTShape,
+    index: int,
+    attn: Attention,
+    scores: Scores,
+    thresholds: Thresholds,
+) -> dict[str, Tensor]:
+    """Cut dims head by head and return the masks of the padding."""
+    kind, counts = _ragged_counts(pruner, shape, index, thresholds)
+    if not kind:
+        return {}
+    device = attn.qkv.weight.device
+    v = torch.zeros(attn.heads, attn.v_dim, dtype=torch.bool, device=device)
+    for head, count in enumerate(counts):
+        v[head, highest(scores[ragged_site(index, head, kind)], count).to(device)] = True
+    qk = v
+    if kind == "ragged_v_dim" or shape.qk_norm:
+        qk = torch.ones(attn.heads, attn.qk_dim, dtype=torch.bool, device=device)
+    return keep_ragged_dims(attn, qk, v, pruner.multiple)
+
+
+def _without_empty_branches(block: BlockShape) -> BlockShape:
+    if block.heads == 0:
+        block = dataclasses.replace(block, qk_dim=0, v_dim=0, attn_out=0)
+    return block if block.hidden else dataclasses.replace(block, mlp_out=0)
+
+
+def _cut_attention(block: Block, shape: BlockShape, scores: Scores, name: str) -> None:
+    """Cut heads, then the same number of dims of each head, then written channels."""
+    attn = block.attn
+    if attn is None:
+        return
+    heads = torch.arange(attn.heads)
+    if shape.heads < attn.heads:
+        heads = highest(scores[f"{name}.head"], shape.heads)
+        keep_heads(attn, heads)
+    dims = scores.get(f"{name}.dim")
+    if shape.qk_dim < attn.qk_dim:
+        by_head = dims if dims is not None else scores[f"{name}.qk_dim"]
+        keep_qk_dims(attn, highest(by_head[heads], shape.qk_dim))
+    if shape.v_dim < attn.v_dim:
+        by_head = dims if dims is not None else scores[f"{name}.v_dim"]
+        keep_v_dims(attn, highest(by_head[heads], shape.v_dim))
+    if shape.attn_out < attn.proj.out_features:
+        keep_attention_writes(block, highest(scores[f"{name}.attn_out"], shape.attn_out))
+
+
+def _cut_mlp(block: Block, shape: BlockShape, scores: Scores, name: str) -> None:
+    """Cut neurons, then written channels."""
+    if block.mlp is None:
+        return
+    if shape.hidden < block.mlp.fc1.out_features:
+        keep_neurons(block.mlp, highest(scores[f"{name}.neuron"], shape.hidden))
+    if shape.mlp_out < block.mlp.fc2.out_features:
+        keep_mlp_writes(block, highest(scores[f"{name}.mlp_out"], shape.mlp_out))
 
 
 def _removal_scores(scores: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from timm.layers import Attention as TimmAttention
-from timm.layers import Mlp, PatchEmbed
+from timm.layers import LayerScale, Mlp, PatchEmbed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer
@@ -25,7 +25,14 @@ class Block(nn.Module):
         attn: The attention branch, or None where it was removed.
         mlp: The MLP branch, or None where it was removed.
         reducer: Reduces the tokens between the two branches, or None.
+        attn_rows: The residual channels that the attention branch writes to, [D'], or None for all.
+        mlp_rows: The same of the MLP branch.
+        skip: A slot that is empty except while a method learns which blocks to skip; called with
+            what entered the block and what left it, it returns what is passed on.
     """
+
+    attn_rows: Tensor | None
+    mlp_rows: Tensor | None
 
     def __init__(self, block: TimmBlock) -> None:
         """Take over the layers of a timm block."""
@@ -39,17 +46,21 @@ class Block(nn.Module):
         self.mlp: Mlp | None = block.mlp
         self.ls2: nn.Module | None = block.ls2
         self.drop_path2: nn.Module = block.drop_path2
+        self.register_buffer("attn_rows", None)
+        self.register_buffer("mlp_rows", None)
+        self.skip: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the block. `x` is [B, N, D]; the result is [B, M, D] with M <= N."""
+        entered = x
         if self.attn is not None and self.norm1 is not None and self.ls1 is not None:
             attended = self.attn(self.norm1(x))
-            x = x + self.drop_path1(self.ls1(attended.output))
+            x = _add(x, self.drop_path1(self.ls1(attended.output)), self.attn_rows)
             if self.reducer is not None:
                 x = self.reducer(x, attended.query, attended.key, self.attn.scale)
         if self.mlp is not None and self.norm2 is not None and self.ls2 is not None:
-            x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return x
+            x = _add(x, self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), self.mlp_rows)
+        return x if self.skip is None else self.skip(entered, x)
 
 
 class PrunableViT(nn.Module):
@@ -146,13 +157,17 @@ class PrunableViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [B, classes] of normalised images [B, channels, height, width]."""
-        x = self.vit.patch_embed(images)
-        x = self.vit._pos_embed(x)
-        x = self.vit.patch_drop(x)
-        x = self.vit.norm_pre(x)
+        x = self.embed(images)
         for block in self.blocks:
             x = block(x)  # [B, N, D], N may shrink
         return self.vit.forward_head(self.vit.norm(x))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return the tokens [B, N, D] that enter the first block."""
+        x = self.vit.patch_embed(images)
+        x = self.vit._pos_embed(x)
+        x = self.vit.patch_drop(x)
+        return self.vit.norm_pre(x)
 
     @property
     def blocks(self) -> list[Block]:
@@ -201,12 +216,18 @@ class PrunableViT(nn.Module):
                 layer.bias is not None for n, layer in self.linears() if not n.endswith("qkv")
             ),
             qk_norm=any(not isinstance(b.attn.q_norm, nn.Identity) for b in attentions if b.attn),
+            layer_scale=any(isinstance(m, LayerScale) for m in vit.blocks.modules()),
             outer_params=outer,
             attn_branch_params=_attn_branch_params(attentions[0]) if attentions else 0,
-            mlp_branch_params=_numel(mlps[0].norm2, mlps[0].ls2) if mlps else 0,
+            mlp_branch_params=_numel(mlps[0].norm2) if mlps else 0,
             blocks=tuple(blocks),
             nonzero={site: int(mask.sum()) for site, mask in self.masks.items()},
         )
+
+
+def _add(x: Tensor, branch: Tensor, rows: Tensor | None) -> Tensor:
+    """Add a branch's output [B, N, D'] to the residual stream [B, N, D]."""
+    return x + branch if rows is None else x.index_add(2, rows, branch.to(x.dtype))
 
 
 def _block_shape(block: Block, tokens: int) -> BlockShape:
@@ -214,7 +235,7 @@ def _block_shape(block: Block, tokens: int) -> BlockShape:
     attn, reducer = block.attn, block.reducer
     if attn is not None and reducer is not None:
         after = reducer.tokens_after(tokens)
-        macs = reducer.macs(tokens, attn.heads, attn.qk_dim, attn.proj.out_features)
+        macs = reducer.macs(tokens, attn.heads, attn.qk_dim, attn.qkv.in_features)
     return BlockShape(
         tokens=tokens,
         mlp_tokens=after,
@@ -222,13 +243,15 @@ def _block_shape(block: Block, tokens: int) -> BlockShape:
         qk_dim=attn.qk_dim if attn is not None else 0,
         v_dim=attn.v_dim if attn is not None else 0,
         hidden=block.mlp.fc1.out_features if block.mlp is not None else 0,
+        attn_out=attn.proj.out_features if attn is not None else 0,
+        mlp_out=block.mlp.fc2.out_features if block.mlp is not None else 0,
         reducer_macs=macs,
     )
 
 
 def _attn_branch_params(block: Block) -> int:
     attn = block.attn
-    return _numel(block.norm1, block.ls1, attn.q_norm, attn.k_norm) if attn is not None else 0
+    return _numel(block.norm1, attn.q_norm, attn.k_norm) if attn is not None else 0
 
 
 def _numel(*modules: nn.Module | None) -> int:

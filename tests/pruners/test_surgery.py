@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 from pruners import PrunableViT
 from pruners.surgery import (
     cut_to_shape,
+    keep_attention_writes,
     keep_heads,
+    keep_mlp_writes,
     keep_neurons,
     keep_qk_dims,
+    keep_ragged_dims,
     keep_v_dims,
     remove_attention,
     remove_mlp,
@@ -118,6 +121,64 @@ def test_removed_branches_equal_branches_that_add_nothing(variant: str, tiny) ->
     assert smaller.shape().blocks[2].hidden == 0
 
 
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_ragged_heads_equal_masked_ones(variant: str, fused: bool, multiple: int, tiny) -> None:
+    masked = tiny(**VARIANTS[variant])
+    masked.use_fused_attention(fused)
+    smaller = copy.deepcopy(masked)
+    v = torch.tensor([[1, 0, 0, 1, 1, 0, 0, 1], [0] * 8, [0, 0, 1, 0, 0, 0, 0, 1]]).bool()
+    qk = v if variant != "qk_norm" else torch.ones_like(v)
+    attn = masked.blocks[1].attn
+    rows = torch.cat([qk.flatten(), qk.flatten(), v.flatten()])
+    with torch.no_grad():
+        zero_rows(attn.qkv, (~rows).nonzero().flatten())
+    masks = keep_ragged_dims(smaller.blocks[1].attn, qk, v, multiple)
+    images = images_for(masked)
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(images), masked(images), rtol=0, atol=1e-5)
+        assert (smaller.blocks[1].attn.qkv.weight == 0).logical_or(masks["qkv"]).all()
+    block = smaller.shape().blocks[1]
+    assert (block.heads, block.v_dim) == (2, 4)
+    assert int(masks["proj"].sum()) == 24 * (4 + 2)
+
+
+def test_padding_stays_zero_while_training(tiny) -> None:
+    vit = tiny()
+    v = torch.tensor([[1] * 8, [1] * 3 + [0] * 5, [0] * 6 + [1] * 2]).bool()
+    for layer, mask in keep_ragged_dims(vit.blocks[0].attn, v, v).items():
+        vit.masks[f"blocks.0.attn.{layer}"] = mask
+    optimizer = torch.optim.AdamW(vit.parameters(), lr=0.1)
+    vit(images_for(vit)).square().sum().backward()
+    optimizer.step()  # no masks are applied: the padding gets no gradient at all
+    qkv, proj = vit.blocks[0].attn.qkv, vit.blocks[0].attn.proj
+    assert not qkv.weight[~vit.masks["blocks.0.attn.qkv"]].any()
+    assert not qkv.bias[~vit.masks["blocks.0.attn.qkv"].any(dim=1)].any()
+    assert not proj.weight[~vit.masks["blocks.0.attn.proj"]].any()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_channels_that_are_not_written_equal_masked_ones(variant: str, tiny, tmp_path) -> None:
+    masked = tiny(**VARIANTS[variant])
+    smaller = copy.deepcopy(masked)
+    rows = torch.randperm(24)[:15].sort().values
+    kept = torch.tensor([2, 3, 7, 11, 14])  # the second cut counts among the channels left
+    keep_attention_writes(smaller.blocks[0], rows)
+    keep_attention_writes(smaller.blocks[0], kept)
+    keep_mlp_writes(smaller.blocks[2], rows)
+    with torch.no_grad():
+        zero_rows(masked.blocks[0].attn.proj, dropped(24, rows[kept]))
+        zero_rows(masked.blocks[2].mlp.fc2, dropped(24, rows))
+    images = images_for(masked)
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(images), masked(images), rtol=0, atol=1e-5)
+    assert smaller.shape().blocks[0].attn_out == 5
+    assert smaller.shape().blocks[2].mlp_out == 15
+    smaller.save(tmp_path)
+    assert torch.equal(PrunableViT.load(tmp_path).eval()(images), smaller(images))
+
+
 def test_a_whole_block_can_go(tiny) -> None:
     vit = tiny()
     shorter = copy.deepcopy(vit)
@@ -140,9 +201,11 @@ def test_qk_dims_are_refused_where_q_and_k_are_normalised(tiny) -> None:
     qk_dim=st.integers(1, 8),
     v_dim=st.integers(1, 8),
     hidden=st.integers(0, 96),
+    attn_out=st.integers(1, 24),
+    mlp_out=st.integers(1, 24),
 )
 def test_cutting_to_a_shape_gives_that_shape(
-    heads: int, qk_dim: int, v_dim: int, hidden: int
+    heads: int, qk_dim: int, v_dim: int, hidden: int, attn_out: int, mlp_out: int
 ) -> None:
     import dataclasses
 
@@ -156,6 +219,8 @@ def test_cutting_to_a_shape_gives_that_shape(
         qk_dim=qk_dim if heads else 0,
         v_dim=v_dim if heads else 0,
         hidden=hidden,
+        attn_out=attn_out if heads else 0,
+        mlp_out=mlp_out if hidden else 0,
     )
     target = dataclasses.replace(shape, blocks=(shape.blocks[0], block, shape.blocks[2]))
     cut_to_shape(vit, target)
