@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -42,16 +42,59 @@ def rank_globally(
             per_mac[site] = scores[:-1].double().contiguous() / max(saved, 1e-12)
     if not per_mac:
         raise ValueError("nothing is left to cut; give a larger budget")
-    ranking = torch.sort(torch.cat(list(per_mac.values()))).values
+    return _lowest(per_mac, {s: v.numel() for s, v in step_scores.items()}, shrink, macs)
+
+
+def common_cutoff(
+    margins: dict[str, Tensor],
+    shrink: Callable[[dict[str, float]], ViTShape],
+    macs: float,
+    whole: Collection[str] = (),
+) -> dict[str, float]:
+    """Cut, over all sites together, every unit whose margin lies below one common cutoff.
+
+    Args:
+        margins: Site -> [n], how far each unit lies above its site's own threshold.
+        shrink: Thresholds -> shape after the cut.
+        macs: Effective MACs to reach.
+        whole: Sites that may go as a whole; of the others the last unit always stays.
+
+    Returns:
+        Site -> share, for the lowest cutoff that meets the budget.
+
+    Raises:
+        ValueError: If even the largest cut is above the budget.
+    """
+    ascending = {site: margin.double().sort().values for site, margin in margins.items()}
+    removable = {
+        site: (margin if site in whole else margin[:-1]).contiguous()
+        for site, margin in ascending.items()
+    }
+    return _lowest(removable, {s: m.numel() for s, m in margins.items()}, shrink, macs)
+
+
+def _lowest(
+    removable: dict[str, Tensor],
+    units: dict[str, int],
+    shrink: Callable[[dict[str, float]], ViTShape],
+    macs: float,
+) -> dict[str, float]:
+    """Cut the smallest number of lowest values, over all sites together, that meets a budget.
+
+    Args:
+        removable: Site -> ascending values of the units that may go.
+        units: Site -> number of all its units.
+        shrink: Thresholds -> shape after the cut.
+        macs: Effective MACs to reach.
+    """
+    ranking = torch.sort(torch.cat(list(removable.values()))).values
 
     def shares(count: int) -> dict[str, float]:
         if count == 0:
-            return dict.fromkeys(step_scores, 0.0)
+            return dict.fromkeys(units, 0.0)
         cutoff = ranking[count - 1]
-        cuts = {
-            site: torch.searchsorted(s, cutoff, right=True).item() for site, s in per_mac.items()
-        }
-        return {site: cuts.get(site, 0) / step_scores[site].numel() for site in step_scores}
+        cuts = {s: torch.searchsorted(v, cutoff, right=True).item() for s, v in removable.items()}
+        return {site: cuts.get(site, 0) / n for site, n in units.items()}
 
     count = smallest(ranking.numel(), lambda n: cost_of(shrink(shares(n))).effective_macs <= macs)
     if count is None:

@@ -102,7 +102,7 @@ def keep_attention_writes(block: Block, rows: Tensor) -> None:
     if block.attn is not None:
         keep_outputs(block.attn.proj, rows)
         _keep_scale(block.ls1, rows)
-        block.attn_rows = rows if block.attn_rows is None else block.attn_rows[rows]
+        block.attn_rows = _written(block.attn_rows, rows, block.attn.proj)
 
 
 def keep_mlp_writes(block: Block, rows: Tensor) -> None:
@@ -110,7 +110,7 @@ def keep_mlp_writes(block: Block, rows: Tensor) -> None:
     if block.mlp is not None:
         keep_outputs(block.mlp.fc2, rows)
         _keep_scale(block.ls2, rows)
-        block.mlp_rows = rows if block.mlp_rows is None else block.mlp_rows[rows]
+        block.mlp_rows = _written(block.mlp_rows, rows, block.mlp.fc2)
 
 
 def remove_attention(block: Block) -> None:
@@ -187,6 +187,12 @@ def _padded(kept: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
     size = padded_size(int(kept.sum(dim=1).max()), kept.shape[1], multiple)
     order = torch.argsort(kept.to(torch.uint8), dim=1, descending=True, stable=True)[:, :size]
     return order, kept.gather(1, order)
+
+
+def _written(before: Tensor | None, rows: Tensor, layer: nn.Linear) -> Tensor:
+    """Channels that are written now, on the layer's device."""
+    now = rows if before is None else before[rows.to(before.device)]
+    return now.to(layer.weight.device)
 
 
 def _keep_scale(scale: nn.Module | None, rows: Tensor) -> None:

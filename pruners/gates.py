@@ -1,0 +1,216 @@
+"""Gates: factors on the units of a model, in slots that it already has, and the loop that learns.
+
+A gate stands in or behind a module of the model that is learned on, which is a copy; nothing is
+hooked, and `remove_gates` leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import abc
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pruners.pruner import Batches
+from pruners.shape import ViTShape
+from pruners.training import NonFiniteLossError
+from pruners.vit import PrunableViT
+
+SLOTS = {
+    "query": "attn.q_norm",  # [B, H, N, K]
+    "key": "attn.k_norm",  # [B, H, N, K]
+    "mixed": "attn.norm",  # [B, N, H * V], between attention and proj
+    "neuron": "mlp.norm",  # [B, N, F], between activation and fc2
+    "attn_out": "ls1",  # [B, N, D], what the attention branch writes
+    "mlp_out": "ls2",  # [B, N, D]
+    "attn_in": "norm1",  # [B, N, D], what the attention branch reads
+    "mlp_in": "norm2",  # [B, N, D]
+}
+"""Name of a slot -> the module of a block behind which a gate stands there, and what passes it."""
+
+
+class Gate(nn.Module):
+    """Multiplies a module's output by `value`, which whoever learns sets before a forward pass.
+
+    Attributes:
+        inner: The module whose place the gate takes.
+        value: Broadcast against the output; None changes nothing. It is no parameter of the gate.
+    """
+
+    def __init__(self, inner: nn.Module) -> None:
+        """Stand behind a module."""
+        super().__init__()
+        self.inner = inner
+        self.value: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the module and multiply."""
+        out = self.inner(x)
+        return out if self.value is None else out * self.value.to(out.dtype)
+
+
+def add_gates(vit: PrunableViT, *slots: str) -> list[dict[str, Gate]]:
+    """Put gates into slots of every block; return slot -> gate for each block.
+
+    Slots of a branch that is gone are absent.
+    """
+    gates: list[dict[str, Gate]] = []
+    for block in vit.blocks:
+        gates.append({})
+        for slot in slots:
+            branch, _, leaf = SLOTS[slot].rpartition(".")
+            owner = getattr(block, branch) if branch else block
+            inner = getattr(owner, leaf) if owner is not None else None
+            if inner is not None:
+                gates[-1][slot] = Gate(inner)
+                setattr(owner, leaf, gates[-1][slot])
+    return gates
+
+
+def remove_gates(vit: PrunableViT) -> None:
+    """Put the modules back whose places gates have taken."""
+    for module in list(vit.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Gate):
+                setattr(module, name, child.inner)
+
+
+@torch.no_grad()
+def fold_inputs(layer: nn.Linear, factors: Tensor) -> None:
+    """Multiply a layer's inputs by factors [in] for good: its columns."""
+    layer.weight.mul_(factors)
+
+
+@torch.no_grad()
+def fold_outputs(layer: nn.Linear, factors: Tensor) -> None:
+    """Multiply a layer's outputs by factors [out] for good: its rows and its bias."""
+    layer.weight.mul_(factors.unsqueeze(1))
+    if layer.bias is not None:
+        layer.bias.mul_(factors)
+
+
+def hard(soft: Tensor, kept: Tensor) -> Tensor:
+    """Return `kept` (bool) as numbers, with the gradient of `soft` (straight-through)."""
+    return kept.to(soft.dtype) + soft - soft.detach()
+
+
+def linear_macs(shape: ViTShape, index: int, qk: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
+    """Return the multiply-adds of a block with real-valued sizes; differentiable.
+
+    Args:
+        shape: Shape of the network.
+        index: Block.
+        qk: Q/k dims of all its heads together.
+        v: V dims of all its heads together.
+        hidden: Neurons.
+    """
+    block, dim = shape.blocks[index], shape.dim
+    n, m = block.tokens, block.mlp_tokens
+    attention = n * dim * (2 * qk + v) + n * n * (qk + v) + n * v * block.attn_out
+    return attention + m * hidden * (dim + block.mlp_out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningData:
+    """Images to learn on.
+
+    Attributes:
+        train: Epoch 0, 1, ... -> its training batches.
+        val: -> batches on which choices are made, never trained on.
+        steps: Training batches of an epoch.
+    """
+
+    train: Callable[[int], Batches]
+    val: Callable[[], Batches]
+    steps: int
+
+    @classmethod
+    def of(cls, batches: Batches) -> LearningData:
+        """Train on the same batches in every epoch, and choose on them too."""
+        return cls(train=lambda epoch: batches, val=lambda: batches, steps=sum(1 for _ in batches))
+
+
+class Learner(nn.Module, abc.ABC):
+    """A learning run in progress: a model, what is learned beside it, and their optimisers.
+
+    Parameters and buffers of this module and the optimisers' state are all that a resumed run
+    needs.
+
+    Attributes:
+        vit: The model, a copy that the run may change.
+        optimizers: By name.
+    """
+
+    def __init__(self, vit: PrunableViT) -> None:
+        """Take over a copy of a model."""
+        super().__init__()
+        self.vit = vit
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+
+    @abc.abstractmethod
+    def begin_epoch(self, epoch: int) -> None:
+        """Prepare epoch 0, 1, ...; also called for the first epoch after a resumption."""
+
+    @abc.abstractmethod
+    def step(self, images: Tensor, labels: Tensor, progress: float) -> Tensor:
+        """Learn from a batch, at 0 <= progress < 1 of the run, and return the loss."""
+
+
+def run(
+    learner: Learner, data: LearningData, epochs: int, seed: int, checkpoint: Path | None = None
+) -> None:
+    """Learn for some epochs.
+
+    Args:
+        learner: The run.
+        data: Images.
+        epochs: Epochs of the whole run.
+        seed: Every random number of epoch e depends on it and e alone.
+        checkpoint: File that the state is written to after each epoch, and read from where it
+            exists: the run then goes on behind the last whole epoch.
+
+    Raises:
+        NonFiniteLossError: If the loss is not finite.
+        ValueError: If there are no batches.
+    """
+    device = next(learner.vit.parameters()).device
+    done = _resume(learner, checkpoint, device) if checkpoint and checkpoint.exists() else 0
+    for epoch in range(done, epochs):
+        torch.manual_seed(seed * 1_009 + epoch)
+        learner.begin_epoch(epoch)
+        learner.train()
+        loss, steps = torch.zeros((), device=device), 0
+        for images, labels in data.train(epoch):
+            progress = (epoch + min(1.0, steps / data.steps)) / epochs
+            loss = loss + learner.step(images.to(device), labels.to(device), progress).detach()
+            steps += 1
+        if steps == 0:
+            raise ValueError("an epoch has no batches; give more images or a smaller batch_size")
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(f"loss is {loss.item()} in learning epoch {epoch + 1}")
+        if checkpoint is not None:
+            _write(learner, checkpoint, epoch + 1)
+
+
+def _write(learner: Learner, checkpoint: Path, done: int) -> None:
+    state: dict[str, Any] = {
+        "done": done,
+        "learner": learner.state_dict(),
+        "optimizers": {name: o.state_dict() for name, o in learner.optimizers.items()},
+    }
+    temporary = checkpoint.with_name(f".{checkpoint.name}.{os.getpid()}")
+    torch.save(state, temporary)
+    os.replace(temporary, checkpoint)
+
+
+def _resume(learner: Learner, checkpoint: Path, device: torch.device) -> int:
+    state = torch.load(checkpoint, map_location=device, weights_only=True)
+    learner.load_state_dict(state["learner"])
+    for name, optimizer in learner.optimizers.items():
+        optimizer.load_state_dict(state["optimizers"][name])
+    return int(state["done"])

@@ -1,0 +1,180 @@
+"""Unit methods whose scores are learned: once, then cut as often as wanted."""
+
+from __future__ import annotations
+
+import abc
+import copy
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pruners.allocation import common_cutoff
+from pruners.gates import Learner, LearningData, run
+from pruners.pruner import Batches, Scores, Thresholds
+from pruners.shape import ViTShape
+from pruners.unit_pruner import UnitPruner
+from pruners.vit import PrunableViT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learned:
+    """What a method learned of a network.
+
+    Attributes:
+        scores: Site -> margins of its units: how far each lies above the site's learned threshold.
+        weights: The model's tensors as they were trained together with the scores; empty where the
+            method trains none, or where they are not kept.
+        report: Figures of the run, by name; `seconds` is always there.
+    """
+
+    scores: Scores
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    report: Mapping[str, float] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write a safetensors file, under a temporary name first."""
+        tensors = {f"scores.{site}": t for site, t in self.scores.items()}
+        tensors |= {f"weights.{name}": t for name, t in self.weights.items()}
+        tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        save_file(tensors, temporary, {"report": json.dumps(dict(self.report))})
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Learned:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: If it is no such file.
+        """
+        found: dict[str, dict[str, Tensor]] = {"scores": {}, "weights": {}}
+        try:
+            with safe_open(path, framework="pt") as file:
+                report = json.loads(file.metadata()["report"])
+                for key in file.keys():  # noqa: SIM118
+                    kind, _, name = key.partition(".")
+                    found[kind][name] = file.get_tensor(key)
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} does not hold learned scores ({error})") from error
+        return cls(scores=found["scores"], weights=found["weights"], report=report)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedPruner(UnitPruner, abc.ABC):
+    """A unit method that learns.
+
+    The score of a unit is its margin above the threshold that was learned for its site. So the
+    paper's own layer-wise shares are those of the cutoff 0, and `allocate` moves one common cutoff
+    until a budget is met: the repair that makes a learned budget exact, and the way to budgets
+    nearby.
+
+    Attributes:
+        epochs: Epochs in which weights, scores and thresholds are learned.
+        lr: Learning rate of the weights.
+        budget: Share of the dense cost that is learned for.
+        keep_weights: Whether a cut starts from the weights that were trained with the scores.
+        seed: Seed of the run.
+    """
+
+    epochs: int = 4
+    lr: float = 5e-4
+    budget: float = 0.5
+    keep_weights: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        if self.epochs < 1:
+            raise ValueError(f"option epochs of {self.name} is {self.epochs}; give at least 1")
+        if not self.lr > 0.0:
+            raise ValueError(f"option lr of {self.name} is {self.lr}; give more than 0")
+        if not 0.0 < self.budget < 1.0:
+            raise ValueError(
+                f"option budget of {self.name} is {self.budget}; "
+                "give a share of the dense cost, 0 < budget < 1"
+            )
+
+    @abc.abstractmethod
+    def learner(self, vit: PrunableViT, data: LearningData) -> Learner:
+        """Start a run on a model that is the run's own."""
+
+    @abc.abstractmethod
+    def conclude(self, learner: Learner, data: LearningData) -> Learned:
+        """Return what a run learned."""
+
+    def total_epochs(self) -> int:
+        """Epochs of the whole run."""
+        return self.epochs
+
+    def learn(
+        self, vit: PrunableViT, data: LearningData, checkpoint: Path | None = None
+    ) -> Learned:
+        """Learn. `vit` is left as it was.
+
+        Args:
+            vit: The model to prune.
+            data: Images.
+            checkpoint: File from which an interrupted run goes on.
+        """
+        start = time.perf_counter()
+        own = copy.deepcopy(vit).requires_grad_(True)
+        own.use_fused_attention(next(own.parameters()).is_cuda)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            learner = self.learner(own, data)
+            run(learner, data, self.total_epochs(), self.seed, checkpoint)
+            learned = self.conclude(learner, data)
+        seconds = time.perf_counter() - start
+        return Learned(
+            scores={site: s.detach().float().cpu() for site, s in learned.scores.items()},
+            weights=learned.weights if self.keep_weights else {},
+            report={**learned.report, "seconds": seconds},
+        )
+
+    def score(self, vit: PrunableViT, batches: Batches) -> Scores:
+        """Learn on the batches, the same in every epoch, and return the scores alone."""
+        return self.learn(vit, LearningData.of(batches)).scores
+
+    def prune(self, vit: PrunableViT, batches: Batches, thresholds: Thresholds) -> None:
+        """Learn on the batches and cut in place."""
+        self.cut_learned(vit, self.learn(vit, LearningData.of(batches)), thresholds)
+
+    def cut_learned(self, vit: PrunableViT, learned: Learned, thresholds: Thresholds) -> None:
+        """Take over the learned weights and cut in place."""
+        if learned.weights:
+            vit.vit.load_state_dict(dict(learned.weights))
+        self.cut(vit, learned.scores, thresholds)
+
+    def allocate(self, shape: ViTShape, scores: Scores, macs: float) -> Thresholds:
+        """Move the learned thresholds by one common offset until the budget is met."""
+        margins = {s: m if m.dim() == 1 else m.mean(dim=0) for s, m in scores.items()}
+        return common_cutoff(margins, lambda shares: self.shrink(shape, shares), macs)
+
+
+def model_tensors(vit: PrunableViT) -> dict[str, Tensor]:
+    """Return copies of a model's tensors, on the CPU."""
+    return {name: t.detach().cpu().clone() for name, t in vit.vit.state_dict().items()}
+
+
+def standardised(scores: Tensor) -> Tensor:
+    """Return (scores - mean) / standard deviation; zeros where all are equal."""
+    centred = scores - scores.mean()
+    return centred / centred.square().mean().sqrt().clamp_min(1e-12)
+
+
+def quantiles(scores: Tensor, generator: torch.Generator) -> Tensor:
+    """Return each score's rank from below as (rank + 0.5) / n; ties are broken at random."""
+    shuffled = torch.randperm(scores.numel(), generator=generator)
+    order = shuffled[torch.argsort(scores.flatten().cpu()[shuffled], stable=True)]
+    ranks = torch.empty(scores.numel())
+    ranks[order] = (torch.arange(scores.numel()) + 0.5) / scores.numel()
+    return ranks.view(scores.shape)

@@ -1,0 +1,283 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pruners import cost_of, load_method
+from pruners.gates import LearningData, remove_gates, run
+from pruners.methods.x_pruner import second_difference
+from tests.conftest import images_for
+
+
+def fresh(vit, batches, **options):
+    method = load_method("x_pruner", **options)
+    return method, method.learner(copy.deepcopy(vit), LearningData.of(batches))
+
+
+def in_stage_2(vit, batches, **options):
+    method, learner = fresh(vit, batches, mask_epochs=1, **options)
+    run(learner, LearningData.of(batches), 1, seed=0)
+    learner.begin_epoch(1)
+    return method, learner
+
+
+def budget_batches(count: int = 40):
+    """Images whose class is their brightness, so that there is something to keep."""
+    generator = torch.Generator().manual_seed(4)
+    labels = torch.randint(5, (count, 16), generator=generator)
+    noise = torch.randn(count, 16, 3, 24, 16, generator=generator)
+    return [(n + lab.view(-1, 1, 1, 1) - 2.0, lab) for n, lab in zip(noise, labels, strict=True)]
+
+
+def test_masks_have_a_value_per_unit_and_class_and_ones_change_nothing(tiny, batches) -> None:
+    vit = tiny()
+    _, learner = fresh(vit, batches)
+    assert [tuple(mask.shape) for mask in learner.masks] == [(5, 24), (5, 96)] * 3
+    images = images_for(vit, 5)
+    for gate, mask in zip(learner._gates, learner.masks, strict=True):
+        gate.value = mask[torch.arange(5)].unsqueeze(1)
+    assert torch.equal(learner.vit(images), vit(images))
+
+
+def test_a_step_moves_only_the_rows_of_its_labels_and_no_weight(tiny, batches) -> None:
+    vit = tiny()
+    _, learner = fresh(vit, batches, sparsity=0.0, smoothness=0.0)
+    learner.begin_epoch(0)
+    learner.step(batches[0][0], torch.tensor([1, 3, 3, 1, 1, 3]), 0.0)
+    for mask in learner.masks:
+        moved = (mask != 1.0).any(dim=1)
+        assert moved.tolist() == [False, True, False, True, False]
+    remove_gates(learner.vit)
+    for name, tensor in learner.vit.state_dict().items():
+        assert torch.equal(tensor, vit.state_dict()[name]), name
+
+
+def test_labels_matter_in_stage_1_and_never_afterwards(tiny, batches) -> None:
+    """The label leak: a masked forward pass knows the label, what is concluded must not."""
+    vit = tiny()
+    method, learner = in_stage_2(vit, batches, epochs=1)
+    image = images_for(vit, 1)
+    learner.vit.eval()
+
+    def logits(label: int):
+        for gate, mask in zip(learner._gates, learner.masks, strict=True):
+            gate.value = mask[[label]].unsqueeze(1)
+        return learner.vit(image)
+
+    assert (logits(0) - logits(1)).abs().max() > 1e-4
+    learner.step(image, torch.tensor([0]), 0.9)
+    assert all(gate.value.shape[:-1] == () for gate in learner._gates)  # one value per unit
+    learned = method.conclude(learner, LearningData.of(batches))
+    vit.vit.load_state_dict(dict(learned.weights))
+    assert torch.isfinite(vit(image)).all()  # a plain model that takes nothing but images
+
+
+def test_thresholds_get_gradient_from_both_losses_and_raising_them_keeps_less(
+    tiny, batches
+) -> None:
+    _, learner = in_stage_2(tiny(), batches)
+    learner.train()
+    with torch.no_grad():  # into the middle of the scores, where the step is steep
+        learner.thresholds.fill_(0.01)
+    images, labels = batches[0]
+    gates = learner.gate_values()
+    for gate, site in zip(learner._gates, learner.sites, strict=True):
+        gate.value = gates[site].repeat_interleave(learner.masks_per_unit[site])
+    (task,) = torch.autograd.grad(learner._cross_entropy(images, labels), learner.thresholds)
+    assert (task[1::2] != 0).all()  # of the neurons; a site of three heads may lie far from it
+    removed = learner.removed_macs(learner.gate_values())
+    (budget,) = torch.autograd.grad(removed, learner.thresholds)
+    assert (budget[1::2] > 0).all() and (budget >= 0).all()
+    kept = {site: gate.bool() for site, gate in learner.gate_values().items()}
+    for step in range(6):
+        with torch.no_grad():
+            learner.thresholds.fill_(0.01 + 0.4 * step)
+        now = {site: gate.bool() for site, gate in learner.gate_values().items()}
+        assert all((now[s] <= kept[s]).all() and now[s].any() for s in kept)
+        kept = now
+
+
+def test_multipliers_are_ascended(tiny, batches) -> None:
+    _, learner = in_stage_2(tiny(), batches, budget=0.5)
+    learner.ascend(torch.tensor(0.2))  # too little is removed
+    first = learner.multipliers.clone()
+    assert (first > 0).all()
+    learner.ascend(torch.tensor(0.9))  # too much
+    assert learner.multipliers[1] < first[1] and learner.multipliers[0] > first[0]
+    removed = torch.tensor(0.2, requires_grad=True)
+    learner.multipliers.copy_(first)
+    (slope,) = torch.autograd.grad(learner.budget_loss(removed), removed)
+    assert slope < 0  # descent removes more
+
+
+def learned_removal(vit, batches, *, descended: bool) -> tuple[float, torch.Tensor]:
+    method, learner = fresh(vit, batches, mask_epochs=1, epochs=4, threshold_lr=0.1)
+    if descended:
+        ascend = learner.ascend
+
+        def descend(removed):
+            before = learner.multipliers.clone()
+            ascend(removed)
+            learner.multipliers.copy_(2 * before - learner.multipliers)
+            learner.multipliers[0].clamp_(min=0.0)
+
+        learner.ascend = descend
+    run(learner, LearningData.of(batches), method.total_epochs(), seed=0)
+    gates = learner.gate_values()
+    rates = torch.stack([1.0 - gates[site].mean() for site in learner.sites]).detach()
+    return learner.removed_macs(gates).item(), rates
+
+
+def test_the_budget_is_reached_and_layers_differ(tiny) -> None:
+    removed, rates = learned_removal(tiny(), budget_batches(), descended=False)
+    assert abs(removed - 0.5) <= 0.02
+    assert rates.max() - rates.min() > 0.1
+
+
+def test_descended_multipliers_remove_nothing(tiny) -> None:
+    removed, _ = learned_removal(tiny(), budget_batches(), descended=True)
+    assert removed < 0.05
+
+
+def test_hard_gates_equal_surgery_and_the_formula_the_flop_counter(tiny, batches) -> None:
+    vit = tiny()
+    method, learner = in_stage_2(vit, batches)
+    with torch.no_grad():
+        learner.thresholds.copy_(torch.tensor([0.0, 0.3, -0.5, 0.2, -0.4, 0.7]))
+    gates = learner.gate_values()
+    for gate, site in zip(learner._gates, learner.sites, strict=True):
+        gate.value = gates[site].detach().repeat_interleave(learner.masks_per_unit[site])
+    images = images_for(vit)
+    expected = learner.vit.eval()(images)
+    removed = learner.removed_macs(gates).item()
+    learned = method.conclude(learner, LearningData.of(batches))
+    shares = {site: 1.0 - gate.mean().item() for site, gate in gates.items()}
+    dense = cost_of(vit.shape()).macs
+    method.cut_learned(vit, learned, shares)
+    torch.testing.assert_close(vit(images), expected, rtol=0, atol=1e-5)
+    vit.use_fused_attention(False)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        vit(images[:1])
+    assert counter.get_total_flops() / 2 == pytest.approx(dense * (1.0 - removed), rel=1e-4)
+
+
+def trained(vit, batches):
+    """A model after a few steps: so far that it still makes mistakes."""
+    optimizer = torch.optim.Adam(vit.parameters(), lr=3e-3)
+    for images, labels in batches[:25]:
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(vit(images), labels).backward()
+        optimizer.step()
+    return vit
+
+
+def neuron_masks(vit, batches):
+    method, learner = fresh(vit, batches, mask_epochs=1, thresholds="global", smoothness=0.0)
+    run(learner, LearningData.of(batches), 1, seed=0)
+
+    def ranks(classes):
+        learner.method = load_method("x_pruner", classes=classes, thresholds="global")
+        return learner.importance()["blocks.2.mlp.neuron"].argsort().argsort()
+
+    return learner.masks[-1].detach(), ranks
+
+
+@torch.no_grad()
+def logit_directions(vit):
+    """[24, 5]: what the residual stream must gain for one logit to rise."""
+    return torch.linalg.pinv(vit.vit.head.weight)
+
+
+def test_pure_noise_goes_first(tiny) -> None:
+    batches = budget_batches(100)
+    vit = trained(tiny(), batches)
+    block, features, noise = vit.blocks[-1], [], [5, 50]
+    with torch.no_grad():
+        handle = block.norm2.register_forward_hook(lambda m, i, out: features.append(out[:, 0]))
+        for images, _ in batches:
+            vit(images)
+        handle.remove()
+        found, labels = torch.cat(features), torch.cat([lab for _, lab in batches])
+        means = torch.stack([found[labels == c].mean(0) for c in range(5)])
+        basis, _ = torch.linalg.qr(means.t(), mode="reduced")
+        blind = torch.randn(24)
+        blind -= basis @ (basis.t() @ blind)  # says nothing about the class
+        # GELU(z) - GELU(-z) = z: two neurons that together write a noise of mean zero. One alone
+        # would write a constant too, which a class-wise mask can use to spell out the label.
+        blind = 4.0 * blind / (found @ blind).std()
+        column = logit_directions(vit) @ torch.randn(5)
+        block.mlp.fc1.weight[noise] = torch.stack([blind, -blind])
+        block.mlp.fc1.bias[noise] = torch.stack([-means.mean(0) @ blind, means.mean(0) @ blind])
+        block.mlp.fc2.weight[:, noise] = torch.stack([column, -column], dim=1)
+    _, ranks = neuron_masks(vit, batches)
+    assert (ranks(())[noise] < 10).all()  # of 96
+
+
+def test_what_one_class_needs_lives_and_dies_with_that_class(tiny) -> None:
+    batches, needed = budget_batches(100), 9
+    vit = trained(tiny(), batches)
+    mlp, head = vit.blocks[-1].mlp, vit.vit.head
+    with torch.no_grad():  # a neuron that is always on and means class 2, which the head discounts
+        mlp.fc1.weight[needed], mlp.fc1.bias[needed] = 0.0, 1.0
+        before = vit(batches[0][0])
+        mlp.fc2.weight[:, needed] = 3.0 * logit_directions(vit) @ (torch.eye(5)[2] - 0.2)
+        head.bias -= (vit(batches[0][0]) - before).mean(0)
+    mask, ranks = neuron_masks(vit, batches)
+    others = [c for c in range(5) if c != 2]
+    assert mask[2, needed] > 1.2 and mask[2, needed] > mask[others, needed].max() + 0.5
+    assert ranks((2,))[needed] > 80
+    assert ranks((0, 1, 3, 4))[needed] < 15
+
+
+def test_beats_random_units_and_needs_true_labels(tiny) -> None:
+    batches = budget_batches(100)
+    vit = trained(tiny(), batches)
+    shares = dict.fromkeys(load_method("x_pruner", units=("neuron",)).sites(vit.shape()), 0.5)
+
+    def loss(scores) -> float:
+        cut = copy.deepcopy(vit)
+        method.cut(cut, scores, shares)
+        with torch.no_grad():
+            losses = [torch.nn.functional.cross_entropy(cut(x), y) for x, y in batches[:20]]
+        return torch.stack(losses).mean().item()
+
+    method = load_method("x_pruner", units=("neuron",), thresholds="global", mask_epochs=2)
+    shuffled = [(x, y[torch.randperm(len(y))]) for x, y in batches]
+    generator = torch.Generator().manual_seed(6)
+    random = [loss({s: torch.rand(96, generator=generator) for s in shares}) for _ in range(5)]
+    true, wrong = (loss(method.score(vit, data)) for data in (batches, shuffled))
+    assert true < min(random)
+    assert wrong > true + 0.5 * (sum(random) / 5 - true)
+
+
+def test_global_ranking_takes_one_cutoff_and_no_weights(tiny, batches) -> None:
+    vit = tiny()
+    method = load_method("x_pruner", thresholds="global", mask_epochs=1)
+    learned = method.learn(vit, LearningData.of(batches))
+    assert not learned.weights
+    shape = vit.shape()
+    budget = 0.7 * cost_of(shape).effective_macs
+    shares = method.allocate(shape, learned.scores, budget)
+    cut = [s.sort().values[: round(shares[site] * len(s))] for site, s in learned.scores.items()]
+    kept = [s.sort().values[round(shares[site] * len(s)) :] for site, s in learned.scores.items()]
+    limit = torch.cat(cut).max()
+    assert all(k.min() >= limit or len(k) == 1 for k in kept)
+
+
+def test_second_differences_do_not_cross_heads() -> None:
+    mask = torch.tensor([[0.0, 1.0, 2.0, 9.0, 7.0, 5.0], [1.0] * 6])
+    assert not second_difference(mask, 3, "units").any()
+    assert second_difference(mask, 6, "units").any()
+    classes = torch.tensor([[1.0], [2.0], [3.0], [5.0]])
+    assert second_difference(classes, 1, "classes").flatten().tolist() == [0.0, 1.0]
+
+
+def test_wrong_options_are_refused(tiny, batches) -> None:
+    with pytest.raises(ValueError, match="classes of x_pruner has 7; give classes below 5"):
+        fresh(tiny(), batches, classes=(1, 7))
+    for options in ({"thresholds": "x"}, {"smooth_over": "x"}, {"mask_epochs": 0}, {"epochs": 0}):
+        with pytest.raises(ValueError, match=f"option {next(iter(options))} of x_pruner is"):
+            load_method("x_pruner", **options)
