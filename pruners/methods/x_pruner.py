@@ -46,8 +46,8 @@ class XPruner(LearnedPruner):
         mask_epochs: Epochs of stage 1.
         mask_lr: Learning rate of the masks.
         threshold_lr: Learning rate of the thresholds.
-        multiplier_lr: Steps of the ascent of beta and gamma. Gamma integrates the gap to the budget;
-            a large step of its own would overshoot, and beta's damps.
+        multiplier_lr: Steps of the ascent of beta and gamma. Gamma sums up the gap to the budget
+            and would overshoot with a large step; beta damps.
         sparsity: Weight of the masks' size.
         smoothness: Weight of the masks' unevenness.
         smooth_over: What is even: neighbouring "units" of a class, or neighbouring "classes".

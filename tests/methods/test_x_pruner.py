@@ -90,7 +90,8 @@ def test_thresholds_get_gradient_from_both_losses_and_raising_them_keeps_less(
     assert (task[1::2] != 0).all()  # of the neurons; a site of three heads may lie far from it
     removed = learner.removed_macs(learner.gate_values())
     (budget,) = torch.autograd.grad(removed, learner.thresholds)
-    assert (budget[1::2] > 0).all() and (budget >= 0).all()
+    assert (budget[1::2] > 0).all()
+    assert (budget >= 0).all()
     kept = {site: gate.bool() for site, gate in learner.gate_values().items()}
     for step in range(6):
         with torch.no_grad():
@@ -106,7 +107,8 @@ def test_multipliers_are_ascended(tiny, batches) -> None:
     first = learner.multipliers.clone()
     assert (first > 0).all()
     learner.ascend(torch.tensor(0.9))  # too much
-    assert learner.multipliers[1] < first[1] and learner.multipliers[0] > first[0]
+    assert learner.multipliers[1] < first[1]
+    assert learner.multipliers[0] > first[0]
     removed = torch.tensor(0.2, requires_grad=True)
     learner.multipliers.copy_(first)
     (slope,) = torch.autograd.grad(learner.budget_loss(removed), removed)
@@ -175,7 +177,7 @@ def trained(vit, batches):
 
 
 def neuron_masks(vit, batches):
-    method, learner = fresh(vit, batches, mask_epochs=1, thresholds="global", smoothness=0.0)
+    _method, learner = fresh(vit, batches, mask_epochs=1, thresholds="global", smoothness=0.0)
     run(learner, LearningData.of(batches), 1, seed=0)
 
     def ranks(classes):
@@ -227,7 +229,8 @@ def test_what_one_class_needs_lives_and_dies_with_that_class(tiny) -> None:
         head.bias -= (vit(batches[0][0]) - before).mean(0)
     mask, ranks = neuron_masks(vit, batches)
     others = [c for c in range(5) if c != 2]
-    assert mask[2, needed] > 1.2 and mask[2, needed] > mask[others, needed].max() + 0.5
+    assert mask[2, needed] > 1.2
+    assert mask[2, needed] > mask[others, needed].max() + 0.5
     assert ranks((2,))[needed] > 80
     assert ranks((0, 1, 3, 4))[needed] < 15
 
