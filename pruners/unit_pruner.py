@@ -173,7 +173,7 @@ def check_scores(pruner: Pruner, shape: ViTShape, scores: Scores, thresholds: Th
         ValueError: That names the site.
     """
     for site, units in pruner.sites(shape).items():
-        if thresholds.get(site, 0.0) > 0.0 and scores[site].shape[-1] != units:
+        if 0.0 < thresholds.get(site, 0.0) < 1.0 and scores[site].shape[-1] != units:
             raise ValueError(
                 f"{pruner.name} has scores of {scores[site].shape[-1]} units at {site}, which has "
                 f"{units}; give scores of this network"
