@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -49,15 +49,15 @@ def common_cutoff(
     margins: dict[str, Tensor],
     shrink: Callable[[dict[str, float]], ViTShape],
     macs: float,
-    whole: Collection[str] = (),
 ) -> dict[str, float]:
     """Cut, over all sites together, every unit whose margin lies below one common cutoff.
+
+    The last unit of a site always stays.
 
     Args:
         margins: Site -> [n], how far each unit lies above its site's own threshold.
         shrink: Thresholds -> shape after the cut.
         macs: Effective MACs to reach.
-        whole: Sites that may go as a whole; of the others the last unit always stays.
 
     Returns:
         Site -> share, for the lowest cutoff that meets the budget.
@@ -65,11 +65,7 @@ def common_cutoff(
     Raises:
         ValueError: If even the largest cut is above the budget.
     """
-    ascending = {site: margin.double().sort().values for site, margin in margins.items()}
-    removable = {
-        site: (margin if site in whole else margin[:-1]).contiguous()
-        for site, margin in ascending.items()
-    }
+    removable = {s: m.double().sort().values[:-1].contiguous() for s, m in margins.items()}
     return _lowest(removable, {s: m.numel() for s, m in margins.items()}, shrink, macs)
 
 

@@ -10,7 +10,7 @@ import difflib
 import inspect
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +134,8 @@ def save(vit: PrunableViT, path: Path, measured: Mapping[str, Any]) -> None:
         "measured": dict(measured),
     }
     state = {key: value.detach().cpu().contiguous() for key, value in vit.vit.state_dict().items()}
-    _replace(path / WEIGHTS, lambda temporary: save_file(state, temporary))
-    _replace(
+    replace_file(path / WEIGHTS, lambda temporary: save_file(state, temporary))
+    replace_file(
         path / SHAPE, lambda temporary: temporary.write_text(json.dumps(description, indent=1))
     )
 
@@ -205,7 +205,8 @@ def read_description(path: Path) -> dict[str, Any]:
     return description
 
 
-def _replace(target: Path, write: Any) -> None:
+def replace_file(target: Path, write: Callable[[Path], object]) -> None:
+    """Write a file under a temporary name and rename it, so that it is whole or not there."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     write(temporary)
     os.replace(temporary, target)

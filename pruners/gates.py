@@ -7,7 +7,6 @@ hooked, and `remove_gates` leaves the model as it was.
 from __future__ import annotations
 
 import abc
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pruners.checkpoint import replace_file
 from pruners.pruner import Batches
 from pruners.shape import ViTShape
 from pruners.training import NonFiniteLossError
 from pruners.vit import PrunableViT
 
 SLOTS = {
-    "query": "attn.q_norm",  # [B, H, N, K]
-    "key": "attn.k_norm",  # [B, H, N, K]
     "mixed": "attn.norm",  # [B, N, H * V], between attention and proj
     "neuron": "mlp.norm",  # [B, N, F], between activation and fc2
-    "attn_out": "ls1",  # [B, N, D], what the attention branch writes
-    "mlp_out": "ls2",  # [B, N, D]
-    "attn_in": "norm1",  # [B, N, D], what the attention branch reads
-    "mlp_in": "norm2",  # [B, N, D]
 }
 """Name of a slot -> the module of a block behind which a gate stands there, and what passes it."""
 
@@ -64,10 +58,9 @@ def add_gates(vit: PrunableViT, *slots: str) -> list[dict[str, Gate]]:
         gates.append({})
         for slot in slots:
             branch, _, leaf = SLOTS[slot].rpartition(".")
-            owner = getattr(block, branch) if branch else block
-            inner = getattr(owner, leaf) if owner is not None else None
-            if inner is not None:
-                gates[-1][slot] = Gate(inner)
+            owner = getattr(block, branch)
+            if owner is not None:
+                gates[-1][slot] = Gate(getattr(owner, leaf))
                 setattr(owner, leaf, gates[-1][slot])
     return gates
 
@@ -78,20 +71,6 @@ def remove_gates(vit: PrunableViT) -> None:
         for name, child in list(module.named_children()):
             if isinstance(child, Gate):
                 setattr(module, name, child.inner)
-
-
-@torch.no_grad()
-def fold_inputs(layer: nn.Linear, factors: Tensor) -> None:
-    """Multiply a layer's inputs by factors [in] for good: its columns."""
-    layer.weight.mul_(factors)
-
-
-@torch.no_grad()
-def fold_outputs(layer: nn.Linear, factors: Tensor) -> None:
-    """Multiply a layer's outputs by factors [out] for good: its rows and its bias."""
-    layer.weight.mul_(factors.unsqueeze(1))
-    if layer.bias is not None:
-        layer.bias.mul_(factors)
 
 
 def hard(soft: Tensor, kept: Tensor) -> Tensor:
@@ -203,9 +182,7 @@ def _write(learner: Learner, checkpoint: Path, done: int) -> None:
         "learner": learner.state_dict(),
         "optimizers": {name: o.state_dict() for name, o in learner.optimizers.items()},
     }
-    temporary = checkpoint.with_name(f".{checkpoint.name}.{os.getpid()}")
-    torch.save(state, temporary)
-    os.replace(temporary, checkpoint)
+    replace_file(checkpoint, lambda temporary: torch.save(state, temporary))
 
 
 def _resume(learner: Learner, checkpoint: Path, device: torch.device) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import copy
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pruners.allocation import common_cutoff
+from pruners.checkpoint import replace_file
 from pruners.gates import Learner, LearningData, run
 from pruners.pruner import Batches, Scores, Thresholds
 from pruners.shape import ViTShape
@@ -44,9 +44,8 @@ class Learned:
         tensors = {f"scores.{site}": t for site, t in self.scores.items()}
         tensors |= {f"weights.{name}": t for name, t in self.weights.items()}
         tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file(tensors, temporary, {"report": json.dumps(dict(self.report))})
-        os.replace(temporary, path)
+        metadata = {"report": json.dumps(dict(self.report))}
+        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
 
     @classmethod
     def load(cls, path: Path) -> Learned:
@@ -169,12 +168,3 @@ def standardised(scores: Tensor) -> Tensor:
     """Return (scores - mean) / standard deviation; zeros where all are equal."""
     centred = scores - scores.mean()
     return centred / centred.square().mean().sqrt().clamp_min(1e-12)
-
-
-def quantiles(scores: Tensor, generator: torch.Generator) -> Tensor:
-    """Return each score's rank from below as (rank + 0.5) / n; ties are broken at random."""
-    shuffled = torch.randperm(scores.numel(), generator=generator)
-    order = shuffled[torch.argsort(scores.flatten().cpu()[shuffled], stable=True)]
-    ranks = torch.empty(scores.numel())
-    ranks[order] = (torch.arange(scores.numel()) + 0.5) / scores.numel()
-    return ranks.view(scores.shape)

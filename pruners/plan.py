@@ -149,9 +149,8 @@ class Plan:
 def _refuse_late(step: Step, shape: ViTShape) -> None:
     """Refuse to cut units or tokens after a later family: costs and scores would be wrong."""
     reduced = any(block.tokens != block.mlp_tokens for block in shape.blocks)
-    masked = bool(shape.nonzero) and step.pruner.family == "unit"
-    if masked or (reduced and step.pruner.family != "weight"):
-        earlier = "masked weights" if masked else "reduced tokens"
+    if step.pruner.family != "weight" and (shape.nonzero or reduced):
+        earlier = "masked weights" if shape.nonzero else "reduced tokens"
         raise ValueError(
             f"step {step.pruner.name} cuts {step.pruner.family}s of a model with {earlier}; "
             "cut them first"

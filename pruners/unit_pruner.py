@@ -141,7 +141,7 @@ class UnitPruner(Pruner, abc.ABC):
         return rank_globally(shape, steps, lambda shares: self.shrink(shape, shares), macs)
 
     def cut(self, vit: PrunableViT, scores: Scores, thresholds: Thresholds) -> None:
-        """Remove the units of lowest score: heads first, then dims of the heads that stay."""
+        """Remove the units of lowest score: heads before the dims of the heads that stay."""
         before = vit.shape()
         target = self.shrink(before, thresholds)
         check_scores(self, before, scores, thresholds)
@@ -149,6 +149,10 @@ class UnitPruner(Pruner, abc.ABC):
             if block.attn is not None and shape.heads == 0:
                 remove_attention(block)
             elif block.attn is not None:
+                # Written channels go first: the padding's masks have proj's final shape.
+                if shape.attn_out < block.attn.proj.out_features:
+                    writes = scores[f"blocks.{index}.attn.attn_out"]
+                    keep_attention_writes(block, highest(writes, shape.attn_out))
                 for layer, mask in _cut_ragged(
                     self, before, index, block.attn, scores, thresholds
                 ).items():
@@ -304,7 +308,7 @@ def _without_empty_branches(block: BlockShape) -> BlockShape:
 
 
 def _cut_attention(block: Block, shape: BlockShape, scores: Scores, name: str) -> None:
-    """Cut heads, then the same number of dims of each head, then written channels."""
+    """Cut heads, then the same number of dims of each head."""
     attn = block.attn
     if attn is None:
         return
@@ -319,8 +323,6 @@ def _cut_attention(block: Block, shape: BlockShape, scores: Scores, name: str) -
     if shape.v_dim < attn.v_dim:
         by_head = dims if dims is not None else scores[f"{name}.v_dim"]
         keep_v_dims(attn, highest(by_head[heads], shape.v_dim))
-    if shape.attn_out < attn.proj.out_features:
-        keep_attention_writes(block, highest(scores[f"{name}.attn_out"], shape.attn_out))
 
 
 def _cut_mlp(block: Block, shape: BlockShape, scores: Scores, name: str) -> None:

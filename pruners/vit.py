@@ -27,8 +27,6 @@ class Block(nn.Module):
         reducer: Reduces the tokens between the two branches, or None.
         attn_rows: The residual channels that the attention branch writes to, [D'], or None for all.
         mlp_rows: The same of the MLP branch.
-        skip: A slot that is empty except while a method learns which blocks to skip; called with
-            what entered the block and what left it, it returns what is passed on.
     """
 
     attn_rows: Tensor | None
@@ -48,11 +46,9 @@ class Block(nn.Module):
         self.drop_path2: nn.Module = block.drop_path2
         self.register_buffer("attn_rows", None)
         self.register_buffer("mlp_rows", None)
-        self.skip: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the block. `x` is [B, N, D]; the result is [B, M, D] with M <= N."""
-        entered = x
         if self.attn is not None and self.norm1 is not None and self.ls1 is not None:
             attended = self.attn(self.norm1(x))
             x = _add(x, self.drop_path1(self.ls1(attended.output)), self.attn_rows)
@@ -60,7 +56,7 @@ class Block(nn.Module):
                 x = self.reducer(x, attended.query, attended.key, self.attn.scale)
         if self.mlp is not None and self.norm2 is not None and self.ls2 is not None:
             x = _add(x, self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), self.mlp_rows)
-        return x if self.skip is None else self.skip(entered, x)
+        return x
 
 
 class PrunableViT(nn.Module):
@@ -157,17 +153,13 @@ class PrunableViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [B, classes] of normalised images [B, channels, height, width]."""
-        x = self.embed(images)
-        for block in self.blocks:
-            x = block(x)  # [B, N, D], N may shrink
-        return self.vit.forward_head(self.vit.norm(x))
-
-    def embed(self, images: Tensor) -> Tensor:
-        """Return the tokens [B, N, D] that enter the first block."""
         x = self.vit.patch_embed(images)
         x = self.vit._pos_embed(x)
         x = self.vit.patch_drop(x)
-        return self.vit.norm_pre(x)
+        x = self.vit.norm_pre(x)
+        for block in self.blocks:
+            x = block(x)  # [B, N, D], N may shrink
+        return self.vit.forward_head(self.vit.norm(x))
 
     @property
     def blocks(self) -> list[Block]:

@@ -128,7 +128,7 @@ def bundle(sweep: Sweep) -> dict[str, float]:
 
 
 def most_trials_at_once(sweep: Sweep) -> int:
-    """How many trials the cluster has room for now; at least 1.
+    """How many trials the cluster has room for; at least 1.
 
     Raises:
         SweepError: If a trial asks for more than any node has.

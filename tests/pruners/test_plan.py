@@ -78,14 +78,16 @@ def test_another_order_is_refused() -> None:
         Plan(steps=(Step(pruner=evit), Step(pruner=evit)))
 
 
-def test_units_of_a_masked_model_are_refused(tiny) -> None:
+def test_units_and_tokens_of_a_masked_model_are_refused(tiny) -> None:
     vit = tiny()
     Plan(
         steps=(Step(pruner=load_method("magnitude"), thresholds={"blocks.0.mlp.fc1": 0.5}),)
     ).apply(vit)
-    step = Step(pruner=load_method("grouped"), thresholds={"blocks.0.attn.head": 0.5})
-    with pytest.raises(ValueError, match="masked weights; cut them first"):
-        Plan(steps=(step,)).shape(vit.shape())
+    for method, site in (("grouped", "blocks.0.attn.head"), ("evit", "blocks.0.token")):
+        with pytest.raises(ValueError, match="masked weights; cut them first"):
+            Plan(steps=(Step(pruner=load_method(method), thresholds={site: 0.5}),)).shape(
+                vit.shape()
+            )
 
 
 def test_known_scores_are_used_instead_of_measured_ones(tiny) -> None:
