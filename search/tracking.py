@@ -29,6 +29,7 @@ REDRAW_S = 60.0
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # metrics first, in the UI
 _STATUS = {"finished": "FINISHED", "dense": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 _MOST_PARAMS = 100  # that MLflow takes in one batch
+_MOST_RUNS = 50_000  # that MLflow returns in one answer
 
 
 class Tracker:
@@ -55,7 +56,9 @@ class Tracker:
         client = MlflowClient(tracking_uri=uri or local_uri(directory))
         noted = directory / RUNS
         if noted.exists():
-            return cls(client, directory, json.loads(noted.read_text()))
+            tracker = cls(client, directory, json.loads(noted.read_text()))
+            tracker._delete_unnoted()
+            return tracker
         experiment = client.get_experiment_by_name(name)
         where = None if uri else (directory / "mlartifacts").resolve().as_uri()
         identity = (
@@ -70,7 +73,13 @@ class Tracker:
         return tracker
 
     def start_trial(self, record: TrialRecord) -> None:
-        """Open a child run."""
+        """Open a child run.
+
+        A trial that is opened a second time was lost with the driver that ran it, and starts anew,
+        perhaps with another plan: its old run goes.
+        """
+        if lost := self.runs["trials"].get(record.trial):
+            self.client.delete_run(lost)
         tags = {
             "mlflow.parentRunId": self.runs["parent"],
             "trial": record.trial,
@@ -142,6 +151,13 @@ class Tracker:
         self.client.set_tag(parent, "mlflow.note.content", note(front))
         self.draw(front, records)
         self.client.set_terminated(parent, "FINISHED")
+
+    def _delete_unnoted(self) -> None:
+        """Delete child runs that a driver opened and was killed before it could note them."""
+        filter_ = f"tags.`mlflow.parentRunId` = '{self.runs['parent']}'"
+        found = self.client.search_runs([self.runs["experiment"]], filter_, max_results=_MOST_RUNS)
+        for run in {run.info.run_id for run in found} - set(self.runs["trials"].values()):
+            self.client.delete_run(run)
 
     def _note_runs(self) -> None:
         temporary = self.directory / f".{RUNS}.{os.getpid()}"

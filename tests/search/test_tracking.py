@@ -106,6 +106,27 @@ def test_the_plan_is_kept_as_json(client: MlflowClient) -> None:
     assert plan == record("0001", 0.6, 60.0).plan
 
 
+def test_runs_of_trials_that_a_killed_driver_lost_are_replaced(tmp_path: Path) -> None:
+    """Ray's snapshot is older than the kill: it asks for a trial anew that has a run already."""
+    first = record("0001", 0.6, 60.0)
+    tracker = Tracker.open(None, tmp_path, "my sweep", "")
+    for trial in (DENSE, first):
+        tracker.start_trial(trial)
+        tracker.epoch(trial.trial, 0, {"val_top1": 1.0})
+    tracker._note_runs = lambda: None  # type: ignore[method-assign]  # killed before it is noted
+    tracker.start_trial(record("0002", 0.5, 70.0))
+
+    again = Tracker.open(None, tmp_path, "my sweep", "")
+    another = dataclasses.replace(first, plan_line="another plan")
+    again.start_trial(another)
+    again.epoch("0001", 0, {"val_top1": 2.0})
+    found = runs(MlflowClient(tracking_uri=local_uri(tmp_path)))
+    assert set(found) == {"my sweep", DENSE.name, first.name}
+    assert found[first.name].data.params["plan"] == "another plan"
+    assert found[first.name].data.metrics["val_top1"] == 2.0
+    assert len(again.client.search_runs([again.runs["experiment"]])) == 3
+
+
 def test_params_stay_within_what_mlflow_takes() -> None:
     thresholds = {f"blocks.{i}.attn.head{i}": 0.5 for i in range(300)}
     steps = [{"method": "grouped", "options": {}, "thresholds": thresholds}]
