@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -49,15 +49,17 @@ def common_cutoff(
     margins: dict[str, Tensor],
     shrink: Callable[[dict[str, float]], ViTShape],
     macs: float,
+    whole: Collection[str] = (),
 ) -> dict[str, float]:
     """Cut, over all sites together, every unit whose margin lies below one common cutoff.
 
-    The last unit of a site always stays.
+    The last unit of a site stays, unless it is one of the sites `whole`.
 
     Args:
         margins: Site -> [n], how far each unit lies above its site's own threshold.
         shrink: Thresholds -> shape after the cut.
         macs: Effective MACs to reach.
+        whole: Sites that may go as a whole.
 
     Returns:
         Site -> share, for the lowest cutoff that meets the budget.
@@ -65,7 +67,10 @@ def common_cutoff(
     Raises:
         ValueError: If even the largest cut is above the budget.
     """
-    removable = {s: m.double().sort().values[:-1].contiguous() for s, m in margins.items()}
+    removable = {}
+    for site, margin in margins.items():
+        ascending = margin.double().sort().values
+        removable[site] = (ascending if site in whole else ascending[:-1]).contiguous()
     return _lowest(removable, {s: m.numel() for s, m in margins.items()}, shrink, macs)
 
 

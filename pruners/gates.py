@@ -22,10 +22,17 @@ from pruners.training import NonFiniteLossError
 from pruners.vit import PrunableViT
 
 SLOTS = {
+    "tokens1": "norm1",  # [B, N, D], what attention sees
+    "query": "attn.q_norm",  # [B, H, N, K]
+    "key": "attn.k_norm",  # [B, H, N, K]
     "mixed": "attn.norm",  # [B, N, H * V], between attention and proj
+    "attn_out": "attn.proj_drop",  # [B, N, D'], what attention writes
+    "tokens2": "norm2",  # [B, N, D], what the MLP sees
+    "pre_neuron": "mlp.act",  # [B, N, F], between fc1 and the activation
     "neuron": "mlp.norm",  # [B, N, F], between activation and fc2
+    "mlp_out": "mlp.drop2",  # [B, N, D'], what the MLP writes
 }
-"""Name of a slot -> the module of a block behind which a gate stands there, and what passes it."""
+"""Name of a slot -> the module of a block whose place a gate takes, and what passes it."""
 
 
 class Gate(nn.Module):
@@ -48,6 +55,14 @@ class Gate(nn.Module):
         return out if self.value is None else out * self.value.to(out.dtype)
 
 
+class InputGate(Gate):
+    """Multiplies a module's input by `value`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply and run the module."""
+        return self.inner(x if self.value is None else x * self.value.to(x.dtype))
+
+
 def add_gates(vit: PrunableViT, *slots: str) -> list[dict[str, Gate]]:
     """Put gates into slots of every block; return slot -> gate for each block.
 
@@ -58,9 +73,10 @@ def add_gates(vit: PrunableViT, *slots: str) -> list[dict[str, Gate]]:
         gates.append({})
         for slot in slots:
             branch, _, leaf = SLOTS[slot].rpartition(".")
-            owner = getattr(block, branch)
-            if owner is not None:
-                gates[-1][slot] = Gate(getattr(owner, leaf))
+            owner = getattr(block, branch) if branch else block
+            inner = getattr(owner, leaf, None)
+            if inner is not None:
+                gates[-1][slot] = InputGate(inner) if slot == "pre_neuron" else Gate(inner)
                 setattr(owner, leaf, gates[-1][slot])
     return gates
 
@@ -71,6 +87,33 @@ def remove_gates(vit: PrunableViT) -> None:
         for name, child in list(module.named_children()):
             if isinstance(child, Gate):
                 setattr(module, name, child.inner)
+
+
+@torch.no_grad()
+def fold_gates(vit: PrunableViT, gates: list[dict[str, Gate]]) -> None:
+    """Multiply the values of all gates into the layers beside them and open the gates; exact.
+
+    Slots that can be folded are `query` and `key` (values [H, 1, K], nothing normalised behind
+    the gate), `mixed` [H * V] and `neuron` [F].
+    """
+    for block, slots in zip(vit.blocks, gates, strict=True):
+        for slot, gate in slots.items():
+            if gate.value is None:
+                continue
+            if slot in ("query", "key") and block.attn is not None:
+                rows = block.attn.heads * block.attn.qk_dim
+                part = slice(0, rows) if slot == "query" else slice(rows, 2 * rows)
+                factors = gate.value.flatten()
+                block.attn.qkv.weight[part] *= factors.unsqueeze(1)
+                if block.attn.qkv.bias is not None:
+                    block.attn.qkv.bias[part] *= factors
+            elif slot == "mixed" and block.attn is not None:
+                block.attn.proj.weight *= gate.value
+            elif slot == "neuron" and block.mlp is not None:
+                block.mlp.fc2.weight *= gate.value
+            else:
+                raise AssertionError(f"a gate in the slot {slot} cannot be folded")
+            gate.value = None
 
 
 def hard(soft: Tensor, kept: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,10 +18,11 @@ from torch import Tensor
 
 from pruners.allocation import common_cutoff
 from pruners.checkpoint import replace_file
+from pruners.cost import cost_of
 from pruners.gates import Learner, LearningData, run
 from pruners.pruner import Batches, Scores, Thresholds
 from pruners.shape import ViTShape
-from pruners.unit_pruner import UnitPruner
+from pruners.unit_pruner import UnitPruner, block_site, kind_of
 from pruners.vit import PrunableViT
 
 
@@ -82,6 +84,9 @@ class LearnedPruner(UnitPruner, abc.ABC):
         keep_weights: Whether a cut starts from the weights that were trained with the scores.
         seed: Seed of the run.
     """
+
+    whole_kinds: ClassVar[tuple[str, ...]] = ()
+    """Kinds of which `allocate` may take a site's last unit too."""
 
     epochs: int = 4
     lr: float = 5e-4
@@ -154,9 +159,41 @@ class LearnedPruner(UnitPruner, abc.ABC):
         self.cut(vit, learned.scores, thresholds)
 
     def allocate(self, shape: ViTShape, scores: Scores, macs: float) -> Thresholds:
-        """Move the learned thresholds by one common offset until the budget is met."""
+        """Remove the blocks that are not worth it, then move all thresholds by one common offset.
+
+        Blocks with a negative margin go, lowest first, as long as what is left costs the budget or
+        more; further ones only if the budget is out of reach otherwise.
+        """
         margins = {s: m if m.dim() == 1 else m.mean(dim=0) for s, m in scores.items()}
-        return common_cutoff(margins, lambda shares: self.shrink(shape, shares), macs)
+        blocks = {s: m.item() for s, m in margins.items() if kind_of(s) == "block"}
+        gone: dict[str, float] = {}
+        candidates = sorted(blocks, key=blocks.__getitem__)
+        while candidates and blocks[candidates[0]] < 0.0:
+            shape_left = self.shrink(shape, {**gone, candidates[0]: 1.0})
+            if cost_of(shape_left).effective_macs < macs:
+                break
+            gone[candidates.pop(0)] = 1.0
+        while True:
+            try:
+                return gone | self._offset(shape, margins, gone, macs)
+            except ValueError:
+                if len(candidates) < 2:
+                    raise
+                gone[candidates.pop(0)] = 1.0
+
+    def _offset(
+        self, shape: ViTShape, margins: Scores, gone: Thresholds, macs: float
+    ) -> dict[str, float]:
+        """Find the common offset of the thresholds of what stands in the blocks that stay."""
+        left = {
+            site: margin
+            for site, margin in margins.items()
+            if kind_of(site) != "block" and block_site(int(site.split(".")[1])) not in gone
+        }
+        whole = [site for site in left if kind_of(site) in self.whole_kinds]
+        return common_cutoff(
+            left, lambda shares: self.shrink(shape, {**gone, **shares}), macs, whole
+        )
 
 
 def model_tensors(vit: PrunableViT) -> dict[str, Tensor]:

@@ -39,11 +39,12 @@ KINDS = {
     "attn_out": "attn",
     "neuron": "mlp",
     "mlp_out": "mlp",
+    "block": "",
 }
 """Kind of unit -> the branch it belongs to."""
 
 RAGGED = ("ragged_dim", "ragged_v_dim")
-WHOLE = ("head", "neuron", *RAGGED)
+WHOLE = ("head", "neuron", "block", *RAGGED)
 """Kinds whose site may go as a whole."""
 
 
@@ -60,7 +61,8 @@ class UnitPruner(Pruner, abc.ABC):
     - `blocks.<i>.attn.heads.<h>.dim` [K] and `.v_dim` [V] (kinds `ragged_dim`, `ragged_v_dim`):
       head h loses a share of its own, and with a threshold of 1 goes as a whole;
     - `blocks.<i>.attn.attn_out` [D] and `blocks.<i>.mlp.mlp_out` [D]: residual channels that the
-      branch no longer writes to.
+      branch no longer writes to;
+    - `blocks.<i>.block` [1]: with a threshold of 1 both branches go, with a smaller one none.
 
     Where q and k are normalised over a head's width, their dims stay and only v's go.
 
@@ -126,6 +128,8 @@ class UnitPruner(Pruner, abc.ABC):
             kept = dict(_units_kept(self, shape, block, index, thresholds))
             zeros = _shrink_ragged(self, shape, index, kept, thresholds)
             qkv_rows, v_columns = zeros or (0, 0)
+            if kept.pop("block", 1) == 0:
+                kept |= {"heads": 0, "hidden": 0}
             if "dim" in kept:
                 kept["v_dim"] = kept.pop("dim")
                 kept |= {} if shape.qk_norm else {"qk_dim": kept["v_dim"]}
@@ -203,12 +207,15 @@ def _sites(shape: ViTShape, block: BlockShape, index: int, kind: str) -> Iterato
         "attn_out": block.attn_out,
         "neuron": block.hidden,
         "mlp_out": block.mlp_out,
+        "block": int(block.heads + block.hidden > 0),
     }
     if counts[kind] == 0:
         return
     if kind in RAGGED:
         for head in range(block.heads):
             yield ragged_site(index, head, kind), counts[kind]
+    elif kind == "block":
+        yield block_site(index), 1
     else:
         yield f"blocks.{index}.{KINDS[kind]}.{kind}", counts[kind]
 
@@ -216,6 +223,11 @@ def _sites(shape: ViTShape, block: BlockShape, index: int, kind: str) -> Iterato
 def ragged_site(index: int, head: int, kind: str) -> str:
     """Return the site of one head's own dims."""
     return f"blocks.{index}.attn.heads.{head}.{kind.removeprefix('ragged_')}"
+
+
+def block_site(index: int) -> str:
+    """Return the site of a whole block."""
+    return f"blocks.{index}.block"
 
 
 _FIELDS = {
@@ -226,6 +238,7 @@ _FIELDS = {
     "neuron": "hidden",
     "attn_out": "attn_out",
     "mlp_out": "mlp_out",
+    "block": "block",
 }
 
 
@@ -236,7 +249,7 @@ def _units_kept(
     for kind in pruner.units:
         if kind not in RAGGED:
             for site, units in _sites(shape, block, index, kind):
-                multiple = 1 if kind == "head" else pruner.multiple
+                multiple = 1 if kind in ("head", "block") else pruner.multiple
                 yield _FIELDS[kind], units_kept(units, thresholds.get(site, 0.0), multiple)
 
 
