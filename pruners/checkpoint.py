@@ -22,7 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from pruners.masks import nonzero_mask
-from pruners.pruner import TokenPruner, load_method
+from pruners.pruner import ReducesTokens, load_method
 from pruners.shape import ViTShape
 from pruners.surgery import cut_to_shape
 from pruners.vit import PrunableViT
@@ -166,10 +166,9 @@ def load(path: Path) -> PrunableViT:
     cut_to_shape(vit, shape)
     for index, (method, options, share) in reducers.items():
         pruner = load_method(method, **options)
-        if not isinstance(pruner, TokenPruner):
+        if not isinstance(pruner, ReducesTokens):
             raise ValueError(
-                f"{path / SHAPE}: reducer {method!r} is of the {pruner.family} family; "
-                "give a token method"
+                f"{path / SHAPE}: reducer {method!r} reduces no tokens; give a token method"
             )
         vit.blocks[index].reducer = pruner.reducer(vit.shape(), share)
     load_weights(vit.vit, state, source=str(path / WEIGHTS))

@@ -15,7 +15,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -100,6 +100,14 @@ class Pruner(abc.ABC):
                     "give the share of units to cut, 0 <= share < 1"
                     + (", or 1 for the whole branch" if self.whole_sites else "")
                 )
+
+
+@runtime_checkable
+class ReducesTokens(Protocol):
+    """A method whose models hold token reducers, which a saved model is rebuilt with."""
+
+    def reducer(self, shape: ViTShape, share: float) -> TokenReducer:
+        """Return the module that drops `share` of the patch tokens of one block."""
 
 
 class TokenPruner(Pruner, abc.ABC):

@@ -185,6 +185,8 @@ def _check_fits(block: Block, target: BlockShape, name: str) -> None:
 def _padded(kept: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
     """Return indices [H, M], kept dims first, and a bool mask [H, M] of those that are kept."""
     size = padded_size(int(kept.sum(dim=1).max()), kept.shape[1], multiple)
+    if size == kept.shape[1]:  # nothing is cut, so nothing may change its place
+        return torch.arange(size, device=kept.device).expand_as(kept), kept
     order = torch.argsort(kept.to(torch.uint8), dim=1, descending=True, stable=True)[:, :size]
     return order, kept.gather(1, order)
 

@@ -50,6 +50,39 @@ class TokenReducer(nn.Module, abc.ABC):
         """
 
 
+class KeepPatches(TokenReducer):
+    """Keeps the tokens at fixed positions, the same of every image.
+
+    Attributes:
+        index: [M], positions among the tokens that enter, prefix tokens included.
+    """
+
+    index: Tensor
+
+    def __init__(self, recipe: dict[str, Any], prefix_tokens: int, patches: int) -> None:
+        """Keep the prefix tokens and the first `patches` patches until `keep` says which."""
+        super().__init__(recipe)
+        self.prefix_tokens = prefix_tokens
+        self.register_buffer("index", torch.arange(prefix_tokens + patches))
+
+    def keep(self, patches: Tensor) -> None:
+        """Keep the patches at the given positions, ascending, among those that enter."""
+        prefix = torch.arange(self.prefix_tokens, device=patches.device)
+        self.index = torch.cat([prefix, self.prefix_tokens + patches]).to(self.index.device)
+
+    def tokens_after(self, tokens: int) -> int:
+        """Return the number of positions."""
+        return self.index.numel()
+
+    def macs(self, tokens: int, heads: int, qk_dim: int, dim: int) -> int:
+        """Return 0: nothing is computed."""
+        return 0
+
+    def forward(self, x: Tensor, query: Tensor, key: Tensor, scale: float) -> Tensor:
+        """Take the tokens at the positions."""
+        return x[:, self.index]
+
+
 def patches_kept(patches: int, share: float) -> int:
     """Return how many of the patch tokens stay: ceil((1 - share) * patches), at least 1."""
     # The small slack keeps ceil from turning 0.7 * 10 = 7.000000000000001 into 8.

@@ -209,7 +209,7 @@ def _sites(shape: ViTShape, block: BlockShape, index: int, kind: str) -> Iterato
         "mlp_out": block.mlp_out,
         "block": int(block.heads + block.hidden > 0),
     }
-    if counts[kind] == 0:
+    if counts.get(kind, 0) == 0:  # absent: a kind that a method adds, and handles itself
         return
     if kind in RAGGED:
         for head in range(block.heads):

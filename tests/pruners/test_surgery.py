@@ -241,3 +241,19 @@ def test_frozen_layers_stay_frozen(tiny) -> None:
     keep_neurons(vit.blocks[0].mlp, torch.tensor([3, 1]))
     assert not vit.blocks[0].mlp.fc1.weight.requires_grad
     assert vit.blocks[1].mlp.fc1.weight.requires_grad
+
+
+def test_padding_up_to_the_full_width_leaves_dims_where_they_are(tiny) -> None:
+    """Heads that keep 5 and 7 of 8 dims, rounded up to 8: what is kept must not be zeroed."""
+    vit, images = tiny(), images_for(tiny())
+    attn = vit.blocks[1].attn
+    kept = torch.ones(3, 8, dtype=torch.bool)
+    kept[0, [1, 2, 6]] = False
+    kept[2, 4] = False
+    rows = torch.cat([kept.flatten()] * 3)
+    masked = copy.deepcopy(vit)
+    with torch.no_grad():
+        masked.blocks[1].attn.qkv.weight[~rows] = 0.0
+        masked.blocks[1].attn.qkv.bias[~rows] = 0.0
+    keep_ragged_dims(attn, kept, kept, multiple=4)
+    torch.testing.assert_close(vit(images), masked(images), atol=1e-6, rtol=0)
