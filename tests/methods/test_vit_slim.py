@@ -103,7 +103,7 @@ def test_a_dead_neuron_falls_fastest_and_a_useful_one_stays(tiny) -> None:
     run(learner, LearningData.of(data), 1, seed=0)
     masks = learner.neurons["2"].detach()
     # Only neurons that do harm fall as fast or faster.
-    assert masks[7] < masks.quantile(0.1)
+    assert masks[7] < masks.quantile(0.2)
     assert masks[useful] == masks.max()
     assert masks[useful] > masks.median() + 0.2
 
