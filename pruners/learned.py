@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import abc
 import copy
+import dataclasses
 import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -114,6 +115,18 @@ class LearnedPruner(UnitPruner, abc.ABC):
     @abc.abstractmethod
     def conclude(self, learner: Learner, data: LearningData) -> Learned:
         """Return what a run learned."""
+
+    def learns_for_a_budget(self) -> bool:
+        """Whether another budget needs another run."""
+        return hasattr(self, "budget")
+
+    def for_budget(self, budget: float) -> Self:
+        """Return the method that learns for a share of the dense cost; itself if any run will do.
+
+        Raises:
+            ValueError: If it is no share.
+        """
+        return dataclasses.replace(self, budget=budget) if self.learns_for_a_budget() else self
 
     def total_epochs(self) -> int:
         """Epochs of the whole run."""

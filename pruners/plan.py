@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Self
 
-from pruners.pruner import FAMILIES, Batches, Pruner, Scores, Thresholds, load_method
+from pruners.learned import Learned, LearnedPruner
+from pruners.pruner import FAMILIES, Batches, Pruner, Thresholds, load_method
 from pruners.shape import ViTShape
 from pruners.vit import PrunableViT
 
@@ -74,28 +75,30 @@ class Plan:
         self,
         vit: PrunableViT,
         batches: Batches = (),
-        scores: Mapping[str, Scores] | None = None,
+        learned: Learned | None = None,
     ) -> None:
         """Cut a model in place.
 
         Args:
             vit: The model.
             batches: Calibration batches, iterated anew by each step that scores.
-            scores: Scores known beforehand, by method name; other methods score the network as it
-                is when they come.
+            learned: What the first step that cuts has learned of this model; every other step
+                scores the network as it is when it comes.
 
         Raises:
-            ValueError: As `shape` does.
+            ValueError: As `shape` does, or if the first step does not learn.
         """
         self.shape(vit.shape())  # refuses what cannot be, before anything is cut
-        for step in self._active():
-            known = (scores or {}).get(step.pruner.name)
-            thresholds = step.pruner.ramped(step.thresholds, 0)
-            target = step.pruner.shrink(vit.shape(), thresholds)
-            if known is None:
-                step.pruner.prune(vit, batches, thresholds)
+        for position, step in enumerate(self._active()):
+            pruner = step.pruner
+            thresholds = pruner.ramped(step.thresholds, 0)
+            target = pruner.shrink(vit.shape(), thresholds)
+            if learned is None or position > 0:
+                pruner.prune(vit, batches, thresholds)
+            elif isinstance(pruner, LearnedPruner):
+                pruner.cut_learned(vit, learned, thresholds)
             else:
-                step.pruner.cut(vit, known, thresholds)
+                raise ValueError(f"{pruner.name} learns nothing; give no learned scores")
             if vit.shape() != target:
                 raise AssertionError(f"{step.describe()} made another shape than it predicted")
 

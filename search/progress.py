@@ -37,6 +37,18 @@ class Progress:
         self.ended_before = 0  # by an earlier run of a sweep that is continued
         self.start = self.spoke = clock()
 
+    def learning(self, labels: list[str]) -> None:
+        """Say that methods learn before the first trial, and which."""
+        self._say(f"learning once for all trials: {', '.join(labels)}")
+
+    def learned(self, line: str) -> None:
+        """Print what came of a learning run."""
+        self._say(f"  {line}")
+
+    def restart_clock(self) -> None:
+        """Estimate the time that is left from here on: trials begin."""
+        self.start = self.clock()
+
     def restored(self, record: TrialRecord) -> None:
         """Count a trial of an earlier run."""
         if record.status != "running":

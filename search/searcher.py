@@ -77,6 +77,7 @@ class PlanSearcher(Searcher):
             "origin": trial.user_attrs.get("origin", "search"),
             "epochs": self.sweep.epochs,
             "plan": proposal.plan.to_json(),
+            "learned": proposal.learned,
             "cost_ratio": proposal.cost_ratio,
         }
 

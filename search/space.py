@@ -4,23 +4,32 @@ A trial samples a budget and, for each step, whether it is present and how its s
 depth. The shares are then scaled by one common factor so that the plan's cost meets the budget:
 what is sampled says *how* the network shrinks, the budget says *how much*. The space is static
 (every parameter exists in every trial), as Gaussian-process samplers need.
+
+Steps that learn are alternatives, since each has learned of the dense model: a trial takes one of
+them or none. Their shares deviate from what they propose themselves for the trial's budget.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pruners import Plan, Pruner, Step, ViTShape, cost_of, load_method
+from pruners.learned import LearnedPruner
+from pruners.pruner import Scores, Thresholds
+from pruners.unit_pruner import kind_of
 from pruners.weight_pruner import WeightPruner
 from search.sweep import StepSpec, Sweep, SweepError
 
 if TYPE_CHECKING:
     import optuna
 
-Parameters = dict[str, float | bool]
+Parameters = dict[str, float | bool | str]
+
+NO_LEARNER = "none"
+"""Value of the parameter `learner` in a trial without a step that learns."""
 
 
 class OutOfReachError(ValueError):
@@ -35,6 +44,8 @@ class Proposal:
     plan: Plan
     cost_ratio: float
     """Cost after the plan as a share of the dense model's, in the sweep's chosen cost."""
+    learned: str = ""
+    """File of what the plan's first step has learned; empty if it does not learn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +54,48 @@ class SpaceStep:
 
     label: str
     pruner: Pruner
-    layered: bool
+    kind: Literal["tied", "layer", "residual"]
     max_share: float
+    budgets: tuple[float, ...] = ()
+
+    def learners(self) -> list[LearnedPruner]:
+        """Return the methods that must learn before the trials: one per budget of the step."""
+        if not isinstance(self.pruner, LearnedPruner):
+            return []
+        return [self.pruner.for_budget(b) for b in self.budgets] or [self.pruner]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """What a step has learned for one budget.
+
+    Attributes:
+        pruner: The method, with the budget among its options.
+        scores: Site -> scores.
+        path: File of scores and weights.
+    """
+
+    pruner: LearnedPruner
+    scores: Scores
+    path: str
 
 
 class Space:
     """Proposes parameters and turns them into plans."""
 
-    def __init__(self, sweep: Sweep, dense: ViTShape) -> None:
+    def __init__(
+        self,
+        sweep: Sweep,
+        dense: ViTShape,
+        learned: Mapping[str, Sequence[Rung]] | None = None,
+    ) -> None:
         """Prepare the space of a sweep over a model of the given shape.
+
+        Args:
+            sweep: The sweep.
+            dense: Shape of the dense model.
+            learned: Label -> what the step has learned, for each step that learns. Without it only
+                what can be reached is right, not how the shares of such steps run.
 
         Raises:
             SweepError: If a method or an option is unknown, the order of the steps is wrong, or the
@@ -70,6 +114,14 @@ class Space:
             Plan(steps=tuple(Step(pruner=step.pruner) for step in self.steps))
         except ValueError as error:
             raise SweepError(str(error)) from error
+        self.learners = [step.label for step in self.steps if step.learners()]
+        if [step.label for step in self.steps][: len(self.learners)] != self.learners:
+            raise SweepError(
+                f"steps are {', '.join(sweep.labels)}; give those that learn first: "
+                f"{', '.join(self.learners)}"
+            )
+        self.learned = learned or {}
+        self._own: dict[tuple[str, float], Thresholds] = {}
         least = self._ratio(self._plan(self._uniform(self.low), math.inf))
         if least > self.low:
             raise SweepError(
@@ -80,11 +132,15 @@ class Space:
     def sample(self, trial: optuna.Trial) -> Parameters:
         """Ask an Optuna trial for all parameters of the space."""
         parameters: Parameters = {"budget": trial.suggest_float("budget", self.low, self.high)}
+        if self.learners:
+            choices = [*self.learners, NO_LEARNER]
+            parameters["learner"] = trial.suggest_categorical("learner", choices)
         for step in self.steps:
-            parameters[f"{step.label}.present"] = trial.suggest_categorical(
-                f"{step.label}.present", [True, False]
-            )
-            if step.layered:
+            if step.label not in self.learners:
+                parameters[f"{step.label}.present"] = trial.suggest_categorical(
+                    f"{step.label}.present", [True, False]
+                )
+            if step.kind == "layer":
                 for site in step.pruner.sites(self.dense):
                     parameters[f"{step.label}.{site}"] = trial.suggest_float(
                         f"{step.label}.{site}", 0.0, 1.0
@@ -99,11 +155,21 @@ class Space:
         return parameters
 
     def ladder(self) -> list[Parameters]:
-        """Return the parameters of uniform plans (one share everywhere), small budgets first."""
-        if self.rungs < 2:
-            return [self._uniform((self.low + self.high) / 2)] * self.rungs
-        gap = (self.high - self.low) / (self.rungs - 1)
-        return [self._uniform(self.low + gap * rung) for rung in range(self.rungs)]
+        """Return the parameters of the first plans, small budgets first.
+
+        For each budget: every step that learns alone, as it proposes itself, then one share
+        everywhere for all other steps together with one of those.
+        """
+        gap = (self.high - self.low) / max(1, self.rungs - 1)
+        start = self.low if self.rungs > 1 else (self.low + self.high) / 2
+        plans: list[Parameters] = []
+        for rung in range(self.rungs):
+            mixed = self._uniform(start + gap * rung, rung)
+            absent = {key: False for key in mixed if key.endswith(".present")}
+            plans += [{**mixed, **absent, "learner": label} for label in self.learners]
+            if absent:
+                plans.append(mixed)
+        return plans
 
     def propose(self, parameters: Parameters) -> Proposal:
         """Return the plan of some parameters, scaled to the sampled budget.
@@ -117,8 +183,9 @@ class Space:
         """
         budget = float(parameters["budget"])
         if self._ratio(self._plan(parameters, math.inf)) > budget:
-            present = {f"{step.label}.present": True for step in self.steps}
-            parameters = {**parameters, **present}
+            parameters = {k: v or k.endswith(".present") for k, v in parameters.items()}
+            if parameters.get("learner") == NO_LEARNER:
+                parameters["learner"] = self.learners[0]
         below, above = self._bracket(parameters, budget)
         inside = [
             p for p in (below, above) if p is not None and self.low <= self._ratio(p) <= self.high
@@ -128,7 +195,15 @@ class Space:
                 f"no scale of these shares costs between {self.low} and {self.high} of dense"
             )
         plan = min(inside, key=lambda p: abs(self._ratio(p) - budget))
-        return Proposal(parameters=parameters, plan=plan, cost_ratio=self._ratio(plan))
+        learner = next((p for p in plan.steps if p.active), None)
+        rung = self._rung(str(parameters.get("learner")), budget)
+        learns = rung is not None and learner is not None and learner.pruner == rung.pruner
+        return Proposal(
+            parameters=parameters,
+            plan=plan,
+            cost_ratio=self._ratio(plan),
+            learned=rung.path if rung is not None and learns else "",
+        )
 
     def _bracket(self, parameters: Parameters, budget: float) -> tuple[Plan | None, Plan]:
         """Return the plan with the largest cost <= budget, if any, and the next larger one.
@@ -148,41 +223,91 @@ class Space:
                 low = middle
         return below, self._plan(parameters, low / (1.0 - low))
 
-    def _plan(self, parameters: Mapping[str, float | bool], scale: float) -> Plan:
+    def _plan(self, parameters: Parameters, scale: float) -> Plan:
         shape, steps = self.dense, []
+        budget = float(parameters["budget"])
         for step in self.steps:
-            thresholds = dict.fromkeys(step.pruner.sites(self.dense), 0.0)
-            if parameters[f"{step.label}.present"]:
-                sites = step.pruner.sites(shape)  # an earlier step may have removed branches
-                raw = {site: self._raw_share(step, site, parameters) for site in sites}
+            rung = self._rung(step.label, budget)
+            pruner = step.pruner if rung is None else rung.pruner
+            thresholds = dict.fromkeys(pruner.sites(self.dense), 0.0)
+            if self._is_present(step, parameters):
+                sites = pruner.sites(shape)  # an earlier step may have removed branches
+                own = self._proposed(step, budget)
                 thresholds = {
-                    s: min(step.max_share, scale * share) if share else 0.0
-                    for s, share in raw.items()
+                    site: self._share(
+                        step, site, units, scale, own.get(site, 0.0) if own else None, parameters
+                    )
+                    for site, units in sites.items()
                 }
-                shape = step.pruner.shrink(shape, thresholds)
-            steps.append(Step(pruner=step.pruner, thresholds=thresholds))
+                shape = pruner.shrink(shape, thresholds)
+            steps.append(Step(pruner=pruner, thresholds=thresholds))
         return Plan(steps=tuple(steps))
 
-    def _raw_share(
-        self, step: SpaceStep, site: str, parameters: Mapping[str, float | bool]
+    def _is_present(self, step: SpaceStep, parameters: Parameters) -> bool:
+        if step.label in self.learners:
+            return parameters["learner"] == step.label
+        return bool(parameters[f"{step.label}.present"])
+
+    def _share(
+        self,
+        step: SpaceStep,
+        site: str,
+        units: int,
+        scale: float,
+        own: float | None,
+        parameters: Parameters,
     ) -> float:
-        if step.layered:
-            return float(parameters[f"{step.label}.{site}"])
-        depth = int(site.split(".")[1]) / max(1, len(self.dense.blocks) - 1)
-        base, slope = (
-            float(parameters[f"{step.label}.base"]),
-            float(parameters[f"{step.label}.slope"]),
+        """Return a site's share: what is sampled, or the method's own times what is sampled.
+
+        Blocks and whole heads go only where the method itself removes them.
+        """
+        if kind_of(site) == "block":
+            return 1.0 if own == 1.0 and scale >= 0.5 else 0.0
+        if step.kind == "layer":
+            raw = float(parameters[f"{step.label}.{site}"])
+        else:
+            depth = int(site.split(".")[1]) / max(1, len(self.dense.blocks) - 1)
+            base, slope = (float(parameters[f"{step.label}.{k}"]) for k in ("base", "slope"))
+            raw = base * (1.0 + slope * (2.0 * depth - 1.0))
+            raw *= 1.0 if own is None else 2.0 * own
+        if raw == 0.0:
+            return 0.0
+        if own == 1.0 and scale * raw * units + 0.5 >= units:
+            return 1.0
+        return min(step.max_share, scale * raw)
+
+    def _rung(self, label: str, budget: float) -> Rung | None:
+        """Return what a step has learned for the budget that is nearest; None if nothing."""
+        rungs = self.learned.get(label, ())
+        return min(
+            rungs, key=lambda r: abs(getattr(r.pruner, "budget", budget) - budget), default=None
         )
-        return base * (1.0 + slope * (2.0 * depth - 1.0))
+
+    def _proposed(self, step: SpaceStep, budget: float) -> Thresholds:
+        """Return a step's own allocation at a budget, or at the nearest one it can reach."""
+        rung = self._rung(step.label, budget)
+        if step.kind != "residual" or rung is None:
+            return {}
+        key = (step.label, budget)
+        while key not in self._own:
+            try:
+                macs = budget * cost_of(self.dense).effective_macs
+                self._own[key] = rung.pruner.allocate(self.dense, rung.scores, macs)
+            except ValueError:  # this step alone cannot get there
+                budget += 0.01
+        return self._own[key]
 
     def _ratio(self, plan: Plan) -> float:
         return getattr(cost_of(plan.shape(self.dense)), self.cost_name) / self.dense_cost
 
-    def _uniform(self, budget: float) -> Parameters:
+    def _uniform(self, budget: float, rung: int = 0) -> Parameters:
         parameters: Parameters = {"budget": budget}
+        if self.learners:
+            parameters["learner"] = self.learners[rung % len(self.learners)]
         for step in self.steps:
-            parameters[f"{step.label}.present"] = True
-            if step.layered:
+            if step.label not in self.learners:
+                parameters[f"{step.label}.present"] = True
+            if step.kind == "layer":
                 parameters |= {
                     f"{step.label}.{site}": 0.5 for site in step.pruner.sites(self.dense)
                 }
@@ -206,6 +331,20 @@ def _space_step(label: str, spec: StepSpec, epochs: int) -> SpaceStep:
             f"ramp_epochs of step {label} is {pruner.ramp_epochs}; "
             f"give at most the sweep's epochs, {epochs}"
         )
+    learns = isinstance(pruner, LearnedPruner)
+    if spec.space == "residual" and not learns:
+        raise SweepError(
+            f"space of step {label} is 'residual'; give 'tied' or 'layer', {label} learns nothing"
+        )
+    if spec.budgets and not (isinstance(pruner, LearnedPruner) and pruner.learns_for_a_budget()):
+        raise SweepError(
+            f"budgets of step {label} are {list(spec.budgets)}; "
+            f"give none, {label} does not learn for a budget"
+        )
     return SpaceStep(
-        label=label, pruner=pruner, layered=spec.space == "layer", max_share=spec.max_share
+        label=label,
+        pruner=pruner,
+        kind=spec.space or ("residual" if learns else "tied"),
+        max_share=spec.max_share,
+        budgets=spec.budgets,
     )

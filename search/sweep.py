@@ -72,8 +72,10 @@ class StepSpec(_Part):
     """One step: a method with its options, and how the search varies it."""
 
     method: str
-    space: Literal["tied", "layer"] = "tied"  # base and slope over depth, or a share per site
+    # base and slope over depth, a share per site, or base and slope of what the method learned
+    space: Literal["tied", "layer", "residual"] | None = None  # residual for methods that learn
     max_share: float = Field(0.9, gt=0.0, le=1.0)
+    budgets: tuple[Share, ...] = ()  # that a method learns for; () is its option `budget`
     options: dict[str, Any] = {}
 
     @model_validator(mode="before")

@@ -72,6 +72,13 @@ class Tracker:
         client.log_text(parent, sweep_toml, "sweep.toml")
         return tracker
 
+    def learned(self, runs: Sequence[Mapping[str, Any]]) -> None:
+        """Log what methods learned before the trials: a table, and the seconds that it took."""
+        parent = self.runs["parent"]
+        self.client.log_dict(parent, {"runs": list(runs)}, "learned.json")
+        now, seconds = int(time.time() * 1000), sum(run["report"]["seconds"] for run in runs)
+        self.client.log_batch(parent, metrics=[Metric("learning_seconds", seconds, now, 0)])
+
     def start_trial(self, record: TrialRecord) -> None:
         """Open a child run.
 

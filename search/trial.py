@@ -16,6 +16,7 @@ from ray import tune
 from torch import Tensor
 
 from pruners import Plan, PrunableViT, cost_of
+from pruners.learned import Learned
 from pruners.training import Evaluation, FineTuner, NonFiniteLossError, Recipe, evaluate
 from search.model import image_spec
 from search.parquet import Images, open_images
@@ -112,7 +113,9 @@ class PlanTrial(tune.Trainable):
 
     def _cut(self) -> None:
         torch.manual_seed(self._seed(0))
-        self.plan.apply(self.vit, self._calibration())
+        path = self.config.get("learned", "")
+        learned = Learned.load(Path(path)) if path else None
+        self.plan.apply(self.vit, self._calibration(), learned)
         self._new_tuner()
 
     def _calibration(self) -> list[tuple[Tensor, Tensor]]:

@@ -12,6 +12,7 @@ from ray import tune
 from ray.tune import CheckpointConfig, ResumeConfig
 
 from pruners import PrunableViT
+from search.learning import LearningRun, learn_all
 from search.progress import Progress
 from search.recorder import Recorder
 from search.results import Front, TrialRecord, build_front, write_front, write_trials
@@ -46,11 +47,31 @@ def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) ->
     resuming = prepare_directory(sweep)
     tracker = Tracker.open(sweep.tracking, sweep.directory, sweep.name, sweep_toml(sweep))
     progress = Progress(stream, trials=sweep.trials, epochs=sweep.epochs)
+    space = with_learned(sweep, dense, space, tracker, progress)
     recorder = Recorder(sweep, tracker, progress, resuming=resuming)
     searcher = PlanSearcher(sweep, space)
     run_trials(sweep, dense, searcher, recorder, concurrent, resuming=resuming)
     searcher.export_study(sweep.directory / "study.db")
     return finish(sweep, dense, recorder)
+
+
+def with_learned(
+    sweep: Sweep, dense: PrunableViT, space: Space, tracker: Tracker, progress: Progress
+) -> Space:
+    """Let the steps that learn do so, and return the space that knows what they propose."""
+    if not space.learners:
+        return space
+    runs: list[LearningRun] = []
+
+    def ended(run: LearningRun) -> None:
+        runs.append(run)
+        progress.learned(run.describe())
+
+    progress.learning(space.learners)
+    learned = learn_all(sweep, dense, space.steps, ended)
+    tracker.learned([dataclasses.asdict(run) for run in runs])
+    progress.restart_clock()
+    return Space(sweep, dense.shape(), learned)
 
 
 def is_done(sweep: Sweep) -> bool:

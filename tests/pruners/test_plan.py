@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pruners import Plan, PrunableViT, Step, cost_of, load_method
+from pruners.learned import Learned
 from tests.conftest import TINY, images_for
 
 
@@ -90,14 +91,20 @@ def test_units_and_tokens_of_a_masked_model_are_refused(tiny) -> None:
             )
 
 
-def test_known_scores_are_used_instead_of_measured_ones(tiny) -> None:
+def test_what_was_learned_is_used_instead_of_learning_again(tiny) -> None:
     vit = tiny()
     site = "blocks.0.mlp.neuron"
-    scores = {"grouped": {site: torch.arange(96.0).flip(0)}}
-    step = Step(pruner=load_method("grouped"), thresholds={site: 0.5})
-    expected = vit.blocks[0].mlp.fc1.weight[:48].clone()
-    Plan(steps=(step,)).apply(vit, scores=scores)
+    method = load_method("x_pruner")
+    step = Step(pruner=method, thresholds={site: 0.5})
+    weights = {name: 2.0 * tensor for name, tensor in vit.vit.state_dict().items()}
+    learned = Learned(scores={site: torch.arange(96.0).flip(0)}, weights=weights)
+    expected = 2.0 * vit.blocks[0].mlp.fc1.weight[:48]
+    magnitude = Step(pruner=load_method("magnitude"), thresholds={"blocks.1.mlp.fc1": 0.5})
+    Plan(steps=(step, magnitude)).apply(vit, learned=learned)
     assert torch.equal(vit.blocks[0].mlp.fc1.weight, expected)
+    assert "blocks.1.mlp.fc1" in vit.masks
+    with pytest.raises(ValueError, match="magnitude learns nothing; give no learned scores"):
+        Plan(steps=(magnitude,)).apply(tiny(), learned=learned)
 
 
 def test_later_steps_score_what_is_left(tiny, batches) -> None:
