@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from pruners import Plan, Pruner, Step, ViTShape, cost_of, load_method
 from pruners.learned import LearnedPruner
 from pruners.pruner import Scores, Thresholds
-from pruners.unit_pruner import kind_of
+from pruners.unit_pruner import RAGGED, kind_of
 from pruners.weight_pruner import WeightPruner
 from search.sweep import StepSpec, Sweep, SweepError
 
@@ -112,14 +112,15 @@ class Space:
         )
         try:
             Plan(steps=tuple(Step(pruner=step.pruner) for step in self.steps))
+            self.learners = [step.label for step in self.steps if step.learners()]
         except ValueError as error:
             raise SweepError(str(error)) from error
-        self.learners = [step.label for step in self.steps if step.learners()]
         if [step.label for step in self.steps][: len(self.learners)] != self.learners:
             raise SweepError(
                 f"steps are {', '.join(sweep.labels)}; give those that learn first: "
                 f"{', '.join(self.learners)}"
             )
+        self._check_padding()
         self.learned = learned or {}
         self._own: dict[tuple[str, float], Thresholds] = {}
         least = self._ratio(self._plan(self._uniform(self.low), math.inf))
@@ -242,6 +243,18 @@ class Space:
                 shape = pruner.shrink(shape, thresholds)
             steps.append(Step(pruner=pruner, thresholds=thresholds))
         return Plan(steps=tuple(steps))
+
+    def _check_padding(self) -> None:
+        """Refuse a unit step behind one that may pad heads: the padding is masked weights."""
+        behind = [s.label for s in self.steps[len(self.learners) :] if s.pruner.family == "unit"]
+        for step in self.steps:
+            pruner = step.pruner
+            pads = isinstance(pruner, LearnedPruner) and set(pruner.units) & set(RAGGED)
+            if pads and behind:
+                raise SweepError(
+                    f"steps hold {behind[0]} behind {step.label}, which may leave heads of "
+                    f"different widths; give {step.label} other units, or no {behind[0]}"
+                )
 
     def _is_present(self, step: SpaceStep, parameters: Parameters) -> bool:
         if step.label in self.learners:

@@ -86,6 +86,10 @@ class XPruner(LearnedPruner):
         """Heads and neurons."""
         return ("head", "neuron")
 
+    def learns_for_a_budget(self) -> bool:
+        """Not with a global ranking: one run serves all budgets."""
+        return self.thresholds == "learned"
+
     def total_epochs(self) -> int:
         """Epochs of both stages."""
         return self.mask_epochs + (self.epochs if self.thresholds == "learned" else 0)

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import optuna
 import pytest
+import torch
 
-from pruners import cost_of
-from search.space import OutOfReachError, Space
+from pruners import cost_of, load_method
+from search.space import OutOfReachError, Rung, Space
 from search.sweep import SweepError, load_sweep
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -156,3 +157,119 @@ def test_a_ramp_longer_than_the_fine_tuning_is_refused(sweep_file, tiny) -> None
         SweepError, match=r"ramp_epochs of step cap is 2; give at most .* epochs, 1"
     ):
         Space(load_sweep(sweep_file, [steps]), tiny().shape())
+
+
+LEARNED = 'steps=[{method="x_pruner"}, {method="vit_slim"}, {method="evit"}, {method="magnitude"}]'
+
+
+def learned_scores(label: str, shape) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(len(label))
+    sites = load_method(label).sites(shape)
+    return {s: torch.rand(n, generator=generator) - 0.4 for s, n in sites.items()}
+
+
+@pytest.fixture
+def learned_space(sweep_file, tiny) -> Space:
+    shape = tiny(patch_size=4).shape()
+    learned = {
+        "x_pruner": [
+            Rung(
+                pruner=load_method("x_pruner", budget=budget),
+                scores=learned_scores("x_pruner", shape),
+                path=f"x{budget}",
+            )
+            for budget in (0.4, 0.8)
+        ],
+        "vit_slim": [
+            Rung(
+                pruner=load_method("vit_slim"),
+                scores=learned_scores("vit_slim", shape),
+                path="slim",
+            )
+        ],
+    }
+    return Space(load_sweep(sweep_file, [LEARNED]), shape, learned)
+
+
+def test_first_plans_are_what_each_learning_method_proposes_itself(learned_space: Space) -> None:
+    found = [learned_space.propose(p) for p in learned_space.ladder()]
+    first = [[s.pruner.name for s in p.plan.steps if s.active] for p in found]
+    rest = ["evit", "magnitude"]
+    assert first == [
+        ["x_pruner"],
+        ["vit_slim"],
+        ["x_pruner", *rest],
+        ["x_pruner"],
+        ["vit_slim"],
+        ["vit_slim", *rest],
+    ]
+    assert [p.learned for p in found] == ["x0.4", "slim", "x0.4", "x0.8", "slim", "slim"]
+    dense = learned_space.dense
+    for label, budget, proposal in (("x_pruner", 0.5, found[0]), ("vit_slim", 0.9, found[4])):
+        method = load_method(label)
+        macs = budget * cost_of(dense).effective_macs
+        own = method.allocate(dense, learned_scores(label, dense), macs)
+        step = next(s for s in proposal.plan.steps if s.active)
+        # The scale that meets the budget best is 1, up to what one unit of each site costs.
+        shapes = [method.shrink(dense, shares).blocks for shares in (step.thresholds, own)]
+        for one, other in zip(*shapes, strict=True):
+            assert (one.heads, one.v_dim) == (other.heads, other.v_dim)
+            assert abs(one.hidden - other.hidden) <= 2
+
+
+def test_methods_that_learn_are_alternatives(learned_space: Space) -> None:
+    found = proposals(learned_space, 60)
+    seen = set()
+    for proposal in found:
+        active = [s.pruner.name for s in proposal.plan.steps if s.active]
+        learners = [name for name in active if name in ("x_pruner", "vit_slim")]
+        assert len(learners) <= 1
+        assert active[: len(learners)] == learners
+        assert bool(proposal.learned) == bool(learners)
+        seen |= set(learners or ["none"])
+        assert 0.5 <= proposal.cost_ratio <= 0.9
+    assert seen == {"x_pruner", "vit_slim", "none"}
+
+
+def test_deviations_turn_a_proposal_towards_one_end_of_the_network(learned_space: Space) -> None:
+    base = learned_space.ladder()[0]
+
+    def neurons(slope: float) -> list[int]:
+        proposal = learned_space.propose({**base, "x_pruner.slope": slope})
+        assert proposal.cost_ratio == pytest.approx(0.5, abs=0.03)
+        return [b.hidden for b in proposal.plan.shape(learned_space.dense).blocks]
+
+    first, own, last = neurons(-0.8), neurons(0.0), neurons(0.8)
+    assert first[0] < own[0] < last[0]
+    assert first[2] > own[2] > last[2]
+
+
+def test_a_block_goes_only_where_the_method_itself_removes_it(sweep_file, tiny) -> None:
+    shape = tiny(patch_size=4).shape()
+    method = load_method("wdpruning")
+    scores = learned_scores("wdpruning", shape) | {
+        f"blocks.{i}.block": torch.tensor([m]) for i, m in enumerate((0.5, 0.3, -0.2))
+    }
+    rung = Rung(pruner=method, scores=scores, path="w")
+    sweep = load_sweep(sweep_file, ['steps=[{method="wdpruning"}, {method="magnitude"}]'])
+    space = Space(sweep, shape, {"wdpruning": [rung]})
+    alone = space.propose(space.ladder()[0])  # half of the cost: the last of three blocks can go
+    assert [b.heads > 0 for b in alone.plan.shape(shape).blocks] == [True, True, False]
+    wide = space.propose({**space.ladder()[0], "budget": 0.88})
+    assert all(b.heads and b.hidden for b in wide.plan.shape(shape).blocks)
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ('{method="grouped"}, {method="x_pruner"}', "give those that learn first: x_pruner"),
+        ('{method="grouped", space="residual"}', "'residual'; give 'tied' or 'layer'"),
+        ('{method="vit_slim", budgets=[0.5]}', "vit_slim does not learn for a budget"),
+        ('{method="x_pruner", thresholds="global", budgets=[0.5]}', "does not learn for a budget"),
+        ('{method="vit_slim"}, {method="grouped"}', "which may leave heads of different widths"),
+        ('{method="x_pruner", budgets=[0.0]}', "option budget of x_pruner is 0.0"),
+    ],
+)
+def test_steps_that_learn_are_checked(steps: str, message: str, sweep_file, tiny) -> None:
+    with pytest.raises(SweepError, match=message):
+        Space(load_sweep(sweep_file, [f"steps=[{steps}]"]), tiny().shape())
