@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 
-from pruners import load_method
+from pruners import cost_of, load_method
 from pruners.gates import LearningData
-from pruners.learned import Learned
+from pruners.learned import Learned, LearnedPruner
 
 
 class StoppedError(Exception):
@@ -45,3 +47,74 @@ def test_what_was_learned_survives_saving_and_weights_can_be_left(tiny, batches,
     (tmp_path / "torn.safetensors").write_bytes(b"no such file")
     with pytest.raises(ValueError, match="does not hold learned scores"):
         Learned.load(tmp_path / "torn.safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known(LearnedPruner):
+    """A method whose margins are given."""
+
+    units: tuple[str, ...] = ("ragged_v_dim", "neuron", "block")
+    whole_kinds: ClassVar[tuple[str, ...]] = ("ragged_v_dim",)
+
+    @classmethod
+    def kinds(cls) -> tuple[str, ...]:
+        return ("ragged_v_dim", "neuron", "block")
+
+    def learner(self, vit, data):
+        raise AssertionError("nothing is learned")
+
+    def conclude(self, learner, data):
+        raise AssertionError("nothing is learned")
+
+
+def margins(method: Known, shape, blocks=(0.5, 0.5, 0.5)) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    found = {s: torch.rand(n, generator=generator) - 0.3 for s, n in method.sites(shape).items()}
+    return found | {f"blocks.{i}.block": torch.tensor([m]) for i, m in enumerate(blocks)}
+
+
+def test_at_the_learned_cost_the_allocation_is_the_learned_one(tiny) -> None:
+    method, shape = Known(), tiny().shape()
+    scores = margins(method, shape, blocks=(0.5, -0.1, 0.5))
+    learned = {s: (m < 0.0).double().mean().item() for s, m in scores.items()}
+    wanted = method.shrink(shape, learned)
+    assert wanted.blocks[1].heads == 0
+    found = method.allocate(shape, scores, cost_of(wanted).effective_macs)
+    assert method.shrink(shape, found) == wanted
+
+
+def test_blocks_go_lowest_first_and_only_while_the_budget_is_not_undershot(tiny) -> None:
+    method, shape = Known(), tiny().shape()
+    dense = cost_of(shape).effective_macs
+    scores = margins(method, shape, blocks=(-0.1, 0.4, -0.2))
+
+    def present(budget: float) -> list[bool]:
+        left = method.shrink(shape, method.allocate(shape, scores, budget * dense))
+        assert budget - 0.12 < cost_of(left).effective_macs / dense <= budget
+        return [block.heads > 0 for block in left.blocks]
+
+    assert present(0.9) == [True, True, True]
+    assert present(0.6) == [True, True, False]
+    assert present(0.3) == [False, True, False]
+
+
+def test_a_block_that_is_wanted_goes_only_if_the_budget_needs_it(tiny) -> None:
+    method, shape = Known(units=("neuron", "block")), tiny().shape()
+    scores = margins(Known(), shape, blocks=(0.5, 0.3, 0.4))
+    scores = {s: m for s, m in scores.items() if s in method.sites(shape)}
+    dense = cost_of(shape).effective_macs
+    least = method.shrink(shape, {f"blocks.{i}.mlp.neuron": 0.995 for i in range(3)})
+    macs = 0.9 * cost_of(least).effective_macs  # the heads alone cost more
+    left = method.shrink(shape, method.allocate(shape, scores, macs))
+    assert [block.heads for block in left.blocks] == [3, 0, 3]
+    with pytest.raises(ValueError, match="out of reach"):
+        method.allocate(shape, scores, 0.001 * dense)
+
+
+def test_another_budget_is_another_method_where_it_matters() -> None:
+    method = load_method("x_pruner", budget=0.5)
+    assert method.for_budget(0.7) == load_method("x_pruner", budget=0.7)
+    ranked = load_method("x_pruner", thresholds="global")
+    assert ranked.for_budget(0.7) is ranked
+    with pytest.raises(ValueError, match=r"option budget of x_pruner is 1\.5"):
+        method.for_budget(1.5)
