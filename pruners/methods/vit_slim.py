@@ -9,6 +9,8 @@ A. Chavan, Z. Shen, Z. Liu, Z. Liu, K.-T. Cheng, E. Xing (2022), arXiv:2201.0081
 - Masks have an optimiser of their own without weight decay, whose rate follows from the length of
   the run: in the paper's 62,000 steps a mask can fall from 1 to 0 at the weights' rate, in some
   hundred it cannot.
+- The L1 weights are ten times the paper's (2e-4, 5e-5, 1e-4), which in a short run disappear in the
+  noise of the gradients: 0.04 of its standard deviation on the sample's model. 4 : 1 is kept.
 """
 
 from __future__ import annotations
@@ -58,9 +60,9 @@ class ViTSlim(LearnedPruner):
     """
 
     units: tuple[str, ...] = ("ragged_dim", "neuron")
-    attn_l1: float = 2e-4
-    mlp_l1: float = 5e-5
-    patch_l1: float = 1e-4
+    attn_l1: float = 2e-3
+    mlp_l1: float = 5e-4
+    patch_l1: float = 1e-3
     travel: float = 2.0
 
     def __post_init__(self) -> None:

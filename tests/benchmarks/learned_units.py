@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import itertools
 import statistics
 import time
@@ -56,9 +57,18 @@ class Settings:
     val: str
     test: str
     budget: float
+    images: int
     epochs: int
     learn_epochs: int
-    options: dict[str, object]
+    both: bool
+    options: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cut:
+    name: str
+    vit: PrunableViT
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,64 +114,88 @@ def within(
         wanted -= max(over, 0.002 * dense)
 
 
-def measure(name: str, seed: int, settings: Settings) -> Row:
-    torch.set_num_threads(1)
-    train, val, test = splits(settings)
-    dense = PrunableViT.from_safetensors(SAMPLE / "vit_cifar10.safetensors").eval()
-    vit, shape = copy.deepcopy(dense), dense.shape()
+def epoch(train: Images, settings: Settings, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    batches = train.batches(BATCH, seed=seed, augment=True)
+    return itertools.islice(batches, settings.images // BATCH)
+
+
+def learned_cuts(name: str, seed: int, settings: Settings, dense: PrunableViT) -> Iterator[Cut]:
+    """Learn once; cut the weights that were trained along, then the dense model's own."""
+    train, val, _ = splits(settings)
+    method_name, options = LEARNED[name]
+    method = load_method(method_name, **({"seed": seed} | options))
+    assert isinstance(method, LearnedPruner)
+    method = dataclasses.replace(method.for_budget(settings.budget), epochs=settings.learn_epochs)
+    method = dataclasses.replace(method, **settings.options)
+    data = LearningData(
+        train=lambda e: epoch(train, settings, 1_000 * seed + e),
+        val=lambda: in_batches(*val),
+        steps=settings.images // BATCH,
+    )
+    learned, shape = method.learn(dense, data), dense.shape()
+    print(f"  {name}, seed {seed}: {dict(learned.report)}", flush=True)
+    shares = within(
+        settings.budget, shape, lambda m: method.allocate(shape, learned.scores, m), method
+    )
+    seconds = learned.report["seconds"]
+    kept = copy.deepcopy(dense)
+    method.cut_learned(kept, learned, shares)
+    yield Cut(name=name, vit=kept, seconds=seconds)
+    if learned.weights and settings.both:
+        own = copy.deepcopy(dense)
+        method.cut_learned(own, dataclasses.replace(learned, weights={}), shares)
+        yield Cut(name=f"{name}, dense weights", vit=own, seconds=seconds)
+
+
+def baseline_cut(name: str, seed: int, settings: Settings, dense: PrunableViT) -> Cut:
+    """Cut by magnitude or Taylor scores, or at random."""
+    train, shape = splits(settings)[0], dense.shape()
     calibration = list(itertools.islice(train.batches(BATCH, seed=seed, augment=False), 8))
-    learning_s = 0.0
-    if name in LEARNED:
-        method_name, options = LEARNED[name]
-        own = {"epochs": settings.learn_epochs, "seed": seed} | options
-        if name != "vit_slim" and name != "x_pruner, global":
-            own["budget"] = settings.budget
-        method = load_method(method_name, **(own | settings.options))
-        assert isinstance(method, LearnedPruner)
-        data = LearningData(
-            train=lambda epoch: train.batches(BATCH, seed=1_000 * seed + epoch, augment=True),
-            val=lambda: in_batches(*val),
-            steps=len(train) // BATCH,
-        )
-        learned = method.learn(dense, data)
-        learning_s = learned.report["seconds"]
-        print(f"  {name}, seed {seed}: {dict(learned.report)}", flush=True)
-        shares = within(
-            settings.budget, shape, lambda m: method.allocate(shape, learned.scores, m), method
-        )
-        method.cut_learned(vit, learned, shares)
+    criterion = name.removeprefix("grouped ") if name.startswith("grouped") else "magnitude"
+    grouped = load_method("grouped", criterion=criterion)
+    assert isinstance(grouped, UnitPruner)
+    scores: Scores = grouped.score(dense, calibration)
+    macs = settings.budget * cost_of(shape).macs
+    if name.startswith("grouped"):
+        shares = grouped.allocate(shape, scores, macs)
     else:
-        criterion = name.removeprefix("grouped ") if name.startswith("grouped") else "magnitude"
-        grouped = load_method("grouped", criterion=criterion)
-        assert isinstance(grouped, UnitPruner)
-        scores: Scores = grouped.score(dense, calibration)
-        macs = settings.budget * cost_of(shape).macs
-        shares = (
-            grouped.allocate(shape, scores, macs)
-            if name.startswith("grouped")
-            else same_share(
-                list(grouped.sites(shape)), lambda s: grouped.shrink(shape, s), macs, largest=0.99
-            )
-        )
-        if name == "random":
-            generator = torch.Generator().manual_seed(seed)
-            scores = {s: torch.rand(v.shape, generator=generator) for s, v in scores.items()}
-        grouped.cut(vit, scores, shares)
+        sites = list(grouped.sites(shape))
+        shares = same_share(sites, lambda s: grouped.shrink(shape, s), macs, largest=0.99)
+    if name == "random":
+        generator = torch.Generator().manual_seed(seed)
+        scores = {s: torch.rand(v.shape, generator=generator) for s, v in scores.items()}
+    vit = copy.deepcopy(dense)
+    grouped.cut(vit, scores, shares)
+    return Cut(name=name, vit=vit, seconds=0.0)
+
+
+def measure(name: str, seed: int, settings: Settings) -> list[Row]:
+    torch.set_num_threads(1)
+    dense = PrunableViT.from_safetensors(SAMPLE / "vit_cifar10.safetensors").eval()
+    dense.use_fused_attention(False)
+    if name in LEARNED:
+        return [tuned(c, seed, settings, dense) for c in learned_cuts(name, seed, settings, dense)]
+    return [tuned(baseline_cut(name, seed, settings, dense), seed, settings, dense)]
+
+
+def tuned(cut: Cut, seed: int, settings: Settings, dense: PrunableViT) -> Row:
+    """Fine-tune, the same way and on the same images for all methods of a seed."""
+    train, val, test = splits(settings)
+    vit = cut.vit
     vit.use_fused_attention(False)
     untuned = evaluate(vit, in_batches(*val)).top1
     torch.manual_seed(seed)
-    dense.use_fused_attention(False)
-    tuner = FineTuner(vit, Recipe(epochs=settings.epochs), len(train) // BATCH, dense)
-    for epoch in range(settings.epochs):
-        tuner.train_epoch(train.batches(BATCH, seed=7_000 + 100 * seed + epoch, augment=True))
+    tuner = FineTuner(vit, Recipe(epochs=settings.epochs), settings.images // BATCH, dense)
+    for e in range(settings.epochs):
+        tuner.train_epoch(epoch(train, settings, 7_000 + 100 * seed + e))
     vit.eval()
     return Row(
-        name=name,
+        name=cut.name,
         seed=seed,
         val=evaluate(vit, in_batches(*val)).top1,
         test=evaluate(vit, in_batches(*test)).top1,
-        macs=cost_of(vit.shape()).macs / cost_of(shape).macs,
-        learning_s=learning_s,
+        macs=cost_of(vit.shape()).macs / cost_of(dense.shape()).macs,
+        learning_s=cut.seconds,
         untuned=untuned,
     )
 
@@ -171,18 +205,22 @@ def cell(values: list[float]) -> str:
     return f"{mean:.1f} ± {max(abs(v - mean) for v in values):.1f}"
 
 
+def order(name: str) -> tuple[int, str]:
+    first = name.removesuffix(", dense weights")
+    return [*BASELINES, *LEARNED].index(first), name
+
+
 def table(rows: list[Row]) -> None:
     print("\n| method | validation | test | before fine-tuning | MACs | learning, s |")
     print("|---|---|---|---|---|---|")
-    for name in dict.fromkeys([*BASELINES, *LEARNED]):
+    for name in sorted({row.name for row in rows}, key=order):
         of = [row for row in rows if row.name == name]
-        if of:
-            macs = statistics.fmean(row.macs for row in of)
-            seconds = statistics.fmean(row.learning_s for row in of)
-            print(
-                f"| {name} | {cell([r.val for r in of])} | {cell([r.test for r in of])} | "
-                f"{cell([r.untuned for r in of])} | {macs:.3f}x | {seconds:.0f} |"
-            )
+        macs = statistics.fmean(row.macs for row in of)
+        seconds = statistics.fmean(row.learning_s for row in of)
+        print(
+            f"| {name} | {cell([r.val for r in of])} | {cell([r.test for r in of])} | "
+            f"{cell([r.untuned for r in of])} | {macs:.3f}x | {seconds:.0f} |"
+        )
 
 
 def main() -> None:
@@ -190,10 +228,12 @@ def main() -> None:
     parser.add_argument("--train", default=str(SAMPLE / "train.parquet"))
     parser.add_argument("--test", help="Parquet files of CIFAR-10's test split")
     parser.add_argument("--budget", type=float, default=0.5)
+    parser.add_argument("--images", type=int, default=4_000, help="per epoch, other ones each time")
     parser.add_argument("--epochs", type=int, default=4, help="of fine-tuning")
     parser.add_argument("--learn-epochs", type=int, default=4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--methods", nargs="+", default=[*BASELINES, *LEARNED])
+    parser.add_argument("--kept-only", action="store_true", help="no rows of dense weights")
     parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     parser.add_argument("--set", nargs="*", default=[], help="options of the methods, KEY=NUMBER")
     args = parser.parse_args()
@@ -202,8 +242,10 @@ def main() -> None:
         val="" if args.test else str(SAMPLE / "val.parquet"),
         test=args.test or str(SAMPLE / "test.parquet"),
         budget=args.budget,
+        images=args.images,
         epochs=args.epochs,
         learn_epochs=args.learn_epochs,
+        both=not args.kept_only,
         options={k: float(v) for k, v in (pair.split("=") for pair in args.set)},
     )
     start, rows = time.perf_counter(), []
@@ -214,8 +256,8 @@ def main() -> None:
             for seed in args.seeds
         ]
         for future in as_completed(pending):
-            rows.append(future.result())
-            print(f"{time.perf_counter() - start:6.0f} s  {rows[-1]}", flush=True)
+            rows += future.result()
+            print(f"{time.perf_counter() - start:6.0f} s  {future.result()}", flush=True)
     table(rows)
 
 
