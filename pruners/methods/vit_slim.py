@@ -57,13 +57,15 @@ class ViTSlim(LearnedPruner):
         mlp_l1: Weight of the masks of neurons.
         patch_l1: Weight of the masks of patches.
         travel: How far a mask moves in the run if its gradient always points the same way.
+        lr: Learning rate of the weights, constant; the paper's 5e-4 is for batches of 1,024.
     """
 
     units: tuple[str, ...] = ("ragged_dim", "neuron")
     attn_l1: float = 2e-3
     mlp_l1: float = 5e-4
     patch_l1: float = 1e-3
-    travel: float = 2.0
+    travel: float = 4.0
+    lr: float = 2e-4
 
     def __post_init__(self) -> None:
         """Check the options."""
