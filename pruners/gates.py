@@ -7,7 +7,7 @@ hooked, and `remove_gates` leaves the model as it was.
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,25 @@ def linear_macs(shape: ViTShape, index: int, qk: Tensor, v: Tensor, hidden: Tens
     n, m = block.tokens, block.mlp_tokens
     attention = n * dim * (2 * qk + v) + n * n * (qk + v) + n * v * block.attn_out
     return attention + m * hidden * (dim + block.mlp_out)
+
+
+def remaining_weights(shape: ViTShape, fractions: Mapping[str, Tensor]) -> Tensor:
+    """Return (qkv * a + proj * a o + fc1 * f + fc2 * f g) / all weights, over all blocks.
+
+    qkv, ... are the sizes of the blocks' matrices; a, o, f, g the fractions of a block's heads,
+    written channels of attention, neurons and written channels of the MLP (site -> []) that are
+    kept, 1 where a site is absent. Differentiable.
+    """
+    units = {"qkv": ["head"], "proj": ["head", "attn_out"]}
+    units |= {"fc1": ["neuron"], "fc2": ["neuron", "mlp_out"]}
+    left, total = torch.zeros(()), 0
+    for layer, rows, columns, _ in shape.linears():
+        branch, _, name = layer.rpartition(".")
+        size = torch.tensor(float(rows * columns))
+        for kind in units[name]:
+            size = size * fractions.get(f"{branch}.{kind}", 1.0)
+        left, total = left + size, total + rows * columns
+    return left / total
 
 
 @dataclass(frozen=True, kw_only=True)

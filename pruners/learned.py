@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +23,8 @@ from pruners.cost import cost_of
 from pruners.gates import Learner, LearningData, run
 from pruners.pruner import Batches, Scores, Thresholds
 from pruners.shape import ViTShape
-from pruners.unit_pruner import UnitPruner, block_site, kind_of
+from pruners.sites import block_site, kind_of
+from pruners.unit_pruner import UnitPruner
 from pruners.vit import PrunableViT
 
 
@@ -76,12 +77,11 @@ class LearnedPruner(UnitPruner, abc.ABC):
     The score of a unit is its margin above the threshold that was learned for its site. So the
     paper's own layer-wise shares are those of the cutoff 0, and `allocate` moves one common cutoff
     until a budget is met: the repair that makes a learned budget exact, and the way to budgets
-    nearby.
+    nearby. A method that learns for a budget has the option `budget`.
 
     Attributes:
         epochs: Epochs in which weights, scores and thresholds are learned.
         lr: Learning rate of the weights.
-        budget: Share of the dense cost that is learned for.
         keep_weights: Whether a cut starts from the weights that were trained with the scores.
         seed: Seed of the run.
     """
@@ -91,7 +91,6 @@ class LearnedPruner(UnitPruner, abc.ABC):
 
     epochs: int = 4
     lr: float = 5e-4
-    budget: float = 0.5
     keep_weights: bool = True
     seed: int = 0
 
@@ -102,9 +101,9 @@ class LearnedPruner(UnitPruner, abc.ABC):
             raise ValueError(f"option epochs of {self.name} is {self.epochs}; give at least 1")
         if not self.lr > 0.0:
             raise ValueError(f"option lr of {self.name} is {self.lr}; give more than 0")
-        if not 0.0 < self.budget < 1.0:
+        if not 0.0 < getattr(self, "budget", 0.5) < 1.0:
             raise ValueError(
-                f"option budget of {self.name} is {self.budget}; "
+                f"option budget of {self.name} is {self.options()['budget']}; "
                 "give a share of the dense cost, 0 < budget < 1"
             )
 
@@ -126,7 +125,8 @@ class LearnedPruner(UnitPruner, abc.ABC):
         Raises:
             ValueError: If it is no share.
         """
-        return dataclasses.replace(self, budget=budget) if self.learns_for_a_budget() else self
+        other: dict[str, Any] = {"budget": budget} if self.learns_for_a_budget() else {}
+        return dataclasses.replace(self, **other)
 
     def total_epochs(self) -> int:
         """Epochs of the whole run."""
@@ -165,6 +165,16 @@ class LearnedPruner(UnitPruner, abc.ABC):
         """Learn on the batches and cut in place."""
         self.cut_learned(vit, self.learn(vit, LearningData.of(batches)), thresholds)
 
+    def _nothing_more(self, shape: ViTShape, gone: Thresholds, macs: float) -> dict[str, float]:
+        """Accept that only whole blocks can go, if that is enough."""
+        least = cost_of(self.shrink(shape, gone))
+        if least.effective_macs > macs:
+            raise ValueError(
+                f"budget of {macs / 1e9:.4g} effective GMACs is out of reach; "
+                f"{least.effective_gmacs:.4g} is the least"
+            )
+        return {}
+
     def cut_learned(self, vit: PrunableViT, learned: Learned, thresholds: Thresholds) -> None:
         """Take over the learned weights and cut in place."""
         if learned.weights:
@@ -197,12 +207,18 @@ class LearnedPruner(UnitPruner, abc.ABC):
     def _offset(
         self, shape: ViTShape, margins: Scores, gone: Thresholds, macs: float
     ) -> dict[str, float]:
-        """Find the common offset of the thresholds of what stands in the blocks that stay."""
+        """Find the common offset of the thresholds of what stands in the blocks that stay.
+
+        Raises:
+            ValueError: If no offset meets the budget.
+        """
         left = {
             site: margin
             for site, margin in margins.items()
             if kind_of(site) != "block" and block_site(int(site.split(".")[1])) not in gone
         }
+        if not left:
+            return self._nothing_more(shape, gone, macs)
         whole = [site for site in left if kind_of(site) in self.whole_kinds]
         return common_cutoff(
             left, lambda shares: self.shrink(shape, {**gone, **shares}), macs, whole

@@ -15,6 +15,7 @@ from pruners.allocation import rank_globally
 from pruners.attention import Attention
 from pruners.pruner import Pruner, Scores, Thresholds
 from pruners.shape import BlockShape, ViTShape, units_kept
+from pruners.sites import RAGGED, WHOLE, kind_of, ragged_site, unit_sites
 from pruners.surgery import (
     keep_attention_writes,
     keep_heads,
@@ -28,24 +29,6 @@ from pruners.surgery import (
     remove_mlp,
 )
 from pruners.vit import Block, PrunableViT
-
-KINDS = {
-    "head": "attn",
-    "qk_dim": "attn",
-    "v_dim": "attn",
-    "dim": "attn",
-    "ragged_dim": "attn",
-    "ragged_v_dim": "attn",
-    "attn_out": "attn",
-    "neuron": "mlp",
-    "mlp_out": "mlp",
-    "block": "",
-}
-"""Kind of unit -> the branch it belongs to."""
-
-RAGGED = ("ragged_dim", "ragged_v_dim")
-WHOLE = ("head", "neuron", "block", *RAGGED)
-"""Kinds whose site may go as a whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +90,7 @@ class UnitPruner(Pruner, abc.ABC):
             site: count
             for index, block in enumerate(shape.blocks)
             for kind in self.units
-            for site, count in _sites(shape, block, index, kind)
+            for site, count in unit_sites(shape, block, index, kind)
         }
 
     def check(self, shape: ViTShape, thresholds: Thresholds) -> None:
@@ -168,12 +151,6 @@ class UnitPruner(Pruner, abc.ABC):
                 _cut_mlp(block, shape, scores, f"blocks.{index}.mlp")
 
 
-def kind_of(site: str) -> str:
-    """Return the kind of unit that a site is about."""
-    parts = site.split(".")
-    return f"ragged_{parts[-1]}" if "heads" in parts else parts[-1]
-
-
 def check_scores(pruner: Pruner, shape: ViTShape, scores: Scores, thresholds: Thresholds) -> None:
     """Refuse scores of another network than the one that is cut.
 
@@ -194,42 +171,6 @@ def highest(scores: Tensor, kept: int) -> Tensor:
     return order[..., :kept].sort(dim=-1).values
 
 
-def _sites(shape: ViTShape, block: BlockShape, index: int, kind: str) -> Iterator[tuple[str, int]]:
-    """Yield the sites of one kind in one block, with their numbers of units (of dims: per head)."""
-    both = block.v_dim if block.qk_dim == block.v_dim or shape.qk_norm else 0
-    counts = {
-        "head": block.heads,
-        "qk_dim": 0 if shape.qk_norm else block.qk_dim,
-        "v_dim": block.v_dim,
-        "dim": both,
-        "ragged_dim": both,
-        "ragged_v_dim": block.v_dim,
-        "attn_out": block.attn_out,
-        "neuron": block.hidden,
-        "mlp_out": block.mlp_out,
-        "block": int(block.heads + block.hidden > 0),
-    }
-    if counts.get(kind, 0) == 0:  # absent: a kind that a method adds, and handles itself
-        return
-    if kind in RAGGED:
-        for head in range(block.heads):
-            yield ragged_site(index, head, kind), counts[kind]
-    elif kind == "block":
-        yield block_site(index), 1
-    else:
-        yield f"blocks.{index}.{KINDS[kind]}.{kind}", counts[kind]
-
-
-def ragged_site(index: int, head: int, kind: str) -> str:
-    """Return the site of one head's own dims."""
-    return f"blocks.{index}.attn.heads.{head}.{kind.removeprefix('ragged_')}"
-
-
-def block_site(index: int) -> str:
-    """Return the site of a whole block."""
-    return f"blocks.{index}.block"
-
-
 _FIELDS = {
     "head": "heads",
     "qk_dim": "qk_dim",
@@ -248,7 +189,7 @@ def _units_kept(
     """Yield (field of the block's shape, units that stay) of the kinds that are not ragged."""
     for kind in pruner.units:
         if kind not in RAGGED:
-            for site, units in _sites(shape, block, index, kind):
+            for site, units in unit_sites(shape, block, index, kind):
                 multiple = 1 if kind in ("head", "block") else pruner.multiple
                 yield _FIELDS[kind], units_kept(units, thresholds.get(site, 0.0), multiple)
 
@@ -258,7 +199,7 @@ def _ragged_counts(
 ) -> tuple[str, list[int]]:
     """Return the ragged kind and the dims that each head keeps; no heads if nothing is cut."""
     for kind in set(pruner.units) & set(RAGGED):
-        sites = dict(_sites(shape, shape.blocks[index], index, kind))
+        sites = dict(unit_sites(shape, shape.blocks[index], index, kind))
         if any(thresholds.get(site, 0.0) > 0.0 for site in sites):
             return kind, [units_kept(n, thresholds.get(site, 0.0)) for site, n in sites.items()]
     return "", []

@@ -153,13 +153,15 @@ class PrunableViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [B, classes] of normalised images [B, channels, height, width]."""
-        x = self.vit.patch_embed(images)
-        x = self.vit._pos_embed(x)
-        x = self.vit.patch_drop(x)
-        x = self.vit.norm_pre(x)
+        x = self.embed(images)
         for block in self.blocks:
             x = block(x)  # [B, N, D], N may shrink
         return self.vit.forward_head(self.vit.norm(x))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return the tokens [B, N, D] that enter the first block."""
+        x = self.vit._pos_embed(self.vit.patch_embed(images))
+        return self.vit.norm_pre(self.vit.patch_drop(x))
 
     @property
     def blocks(self) -> list[Block]:

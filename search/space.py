@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from pruners import Plan, Pruner, Step, ViTShape, cost_of, load_method
 from pruners.learned import LearnedPruner
 from pruners.pruner import Scores, Thresholds
-from pruners.unit_pruner import RAGGED, kind_of
+from pruners.sites import RAGGED, kind_of
 from pruners.weight_pruner import WeightPruner
 from search.sweep import StepSpec, Sweep, SweepError
 

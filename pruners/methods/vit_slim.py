@@ -28,9 +28,9 @@ from pruners.gates import Learner, LearningData, add_gates, fold_gates, remove_g
 from pruners.learned import Learned, LearnedPruner, model_tensors
 from pruners.pruner import Scores, Thresholds
 from pruners.shape import ViTShape
+from pruners.sites import kind_of, ragged_site
 from pruners.tokens import KeepPatches
 from pruners.training import autocast_dtype
-from pruners.unit_pruner import kind_of, ragged_site
 from pruners.vit import PrunableViT
 
 PATCH_START = 3.0

@@ -40,6 +40,7 @@ class XPruner(LearnedPruner):
     the budget ascended (eqs. 9-11).
 
     Attributes:
+        budget: Share of the dense cost that thresholds are learned for.
         thresholds: "learned" as in the paper, or "global": all units of the network ranked by the
             sum of their masks, without stage 2 (the paper's first preprint).
         classes: The classes that the model must know; all if empty.
@@ -53,6 +54,7 @@ class XPruner(LearnedPruner):
         smooth_over: What is even: neighbouring "units" of a class, or neighbouring "classes".
     """
 
+    budget: float = 0.5
     thresholds: Literal["learned", "global"] = "learned"
     classes: tuple[int, ...] = ()
     mask_epochs: int = 2

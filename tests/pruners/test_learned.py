@@ -111,10 +111,19 @@ def test_a_block_that_is_wanted_goes_only_if_the_budget_needs_it(tiny) -> None:
         method.allocate(shape, scores, 0.001 * dense)
 
 
+def test_where_only_blocks_can_go_they_do(tiny) -> None:
+    method, shape = Known(units=("block",)), tiny().shape()
+    scores = {f"blocks.{i}.block": torch.tensor([m]) for i, m in enumerate((-0.1, 0.4, -0.2))}
+    dense = cost_of(shape).effective_macs
+    assert method.allocate(shape, scores, 0.9 * dense) == {"blocks.2.block": 1.0}
+    with pytest.raises(ValueError, match="out of reach"):
+        method.allocate(shape, scores, 0.001 * dense)
+
+
 def test_another_budget_is_another_method_where_it_matters() -> None:
     method = load_method("x_pruner", budget=0.5)
     assert method.for_budget(0.7) == load_method("x_pruner", budget=0.7)
     ranked = load_method("x_pruner", thresholds="global")
-    assert ranked.for_budget(0.7) is ranked
+    assert ranked.for_budget(0.7) == ranked
     with pytest.raises(ValueError, match=r"option budget of x_pruner is 1\.5"):
         method.for_budget(1.5)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pruners import cost_of
-from pruners.unit_pruner import KINDS, UnitPruner
+from pruners.sites import KINDS
+from pruners.unit_pruner import UnitPruner
 from tests.conftest import VARIANTS, images_for
 
 

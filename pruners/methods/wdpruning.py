@@ -1,0 +1,347 @@
+"""WDPruning: width by learned thresholds under a budget of weights, depth by plug-in classifiers.
+
+F. Yu, K. Huang, M. Wang, Y. Cheng, W. Chu and L. Cui (2022), "Width & Depth Pruning for Vision
+Transformers", AAAI. Decided here, where paper and code differ or count on a hundred epochs:
+
+- sigmoid(beta) is the share that is *kept*, as in the code; the paper says pruned.
+- Scores train without weight decay; in the code they fall into the weights' group by a misspelt
+  name. Nothing is rounded to multiples of 16 while learning.
+- The multipliers ascend by plain gradient steps, to about the size that the code's steps of 10 give
+  them. The thresholds' gradient is clipped to norm 1, and their AdamW has a short memory and no
+  momentum: else the budget's gradients, ten thousand times the task's, would mute the task's once
+  the budget is met. A threshold step that crosses the budget ends there; steps of a short run are
+  large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pruners.exits import Exit
+from pruners.gates import (
+    Learner,
+    LearningData,
+    add_gates,
+    hard,
+    remaining_weights,
+    remove_gates,
+)
+from pruners.learned import Learned, LearnedPruner, model_tensors
+from pruners.pruner import Batches, Scores, Thresholds
+from pruners.shape import ViTShape
+from pruners.sites import kind_of
+from pruners.training import autocast_dtype, schedule_factor
+from pruners.vit import PrunableViT
+
+GATES = {
+    "head": ("query", "key", "mixed"),
+    "attn_out": ("attn_out",),
+    "neuron": ("pre_neuron",),
+    "mlp_out": ("mlp_out",),
+}
+"""Kind of unit -> slots where its mask acts on the rows, bias included, of a linear layer.
+
+`mixed` is linear in v, so that masking it masks v.
+"""
+START = 10.0
+"""First value of the thresholds: keeps every unit of a site of up to 22,000."""
+SCORE_LR = 0.025
+"""The paper's. Only the ranks of scores count and all start at 0, so its size changes nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WDPruning(LearnedPruner):
+    """Learns a score per unit and a threshold per site, and classifiers for shallower networks.
+
+    The loss is CE(model) + sum of CE(exits) + lam1 * gap + lam2 * gap^2, where gap is what E, the
+    share of the blocks' weights that is left, lies above `budget`; lam1 and lam2 are ascended.
+
+    Two rates are per run and divided by its number of steps, so that runs of 60 and of 1000 steps
+    get equally far.
+
+    Attributes:
+        exits: Number of blocks in front of each plug-in classifier; if empty, there are two, in
+            front of the last block and of the one before. Without the unit "block" there are none.
+        max_drop: Points of validation top-1 that the shallowest acceptable exit may lie below the
+            whole model.
+        exit_lr: Learning rate of the exits, which start untrained.
+        threshold_lr: How far a threshold gets in a run, at the peak of a rate that falls as a
+            cosine. From 10, where nothing is cut, to -3, where little is left, it is 13: about a
+            quarter of the run.
+        multiplier_lr: Growth of lam1 and lam2 in a run whose gap stays 1.
+    """
+
+    units: tuple[str, ...] = ("head", "neuron", "attn_out", "mlp_out", "block")
+    lr: float = 2e-4
+    budget: float = 0.5
+    exits: tuple[int, ...] = ()
+    max_drop: float = 1.0
+    exit_lr: float = 2e-3
+    threshold_lr: float = 50.0
+    multiplier_lr: float = 1e7
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        if self.units == ("block",):
+            raise ValueError(f"option units of {self.name} is ['block']; give a kind of width too")
+        if self.exits and "block" not in self.units:
+            raise ValueError(
+                f"option exits of {self.name} is {list(self.exits)}, but units lacks 'block'; "
+                "give both or neither"
+            )
+        for option in ("max_drop", "exit_lr", "threshold_lr", "multiplier_lr"):
+            if not getattr(self, option) >= 0.0:
+                raise ValueError(
+                    f"option {option} of {self.name} is {getattr(self, option)}; give at least 0"
+                )
+
+    @classmethod
+    def kinds(cls) -> tuple[str, ...]:
+        """Heads, neurons, written channels and blocks."""
+        return (*GATES, "block")
+
+    def learner(self, vit: PrunableViT, data: LearningData) -> WDPruningLearner:
+        """Start with all units kept and untrained exits."""
+        return WDPruningLearner(self, vit, data.steps * self.total_epochs())
+
+    def conclude(self, learner: Learner, data: LearningData) -> Learned:
+        """Choose the depth on the validation images; return margins and all weights."""
+        assert isinstance(learner, WDPruningLearner)
+        top1 = learner.top1(data.val())
+        depth = max(top1)
+        kept = min(count for count in top1 if top1[count] >= top1[depth] - self.max_drop)
+        report = {
+            "remaining_params": learner.remaining().item(),
+            "kept_blocks": float(kept),
+            "val_top1": top1.pop(depth),
+        } | {f"val_top1_exit_{count}": value for count, value in top1.items()}
+        remove_gates(learner.vit)
+        exits = {f"exits.{name}": t.cpu().clone() for name, t in learner.exits.state_dict().items()}
+        margins = learner.margins() | {
+            site: torch.tensor([(kept - _block_of(site) - 0.5) / depth])
+            for site in self.sites(learner.shape)
+            if kind_of(site) == "block"
+        }
+        return Learned(scores=margins, weights=model_tensors(learner.vit) | exits, report=report)
+
+    def cut_learned(self, vit: PrunableViT, learned: Learned, thresholds: Thresholds) -> None:
+        """Take over the learned weights and cut; an exit that becomes the end classifies."""
+        blocks = self.shrink(vit.shape(), thresholds).blocks
+        filled = [i + 1 for i, block in enumerate(blocks) if block.heads + block.hidden]
+        end = f"exits.{max(filled, default=0)}."
+        own = {n: t for n, t in learned.weights.items() if not n.startswith("exits.")}
+        exits = {n: t for n, t in learned.weights.items() if n.startswith(end)}
+        tensors = own | {n.removeprefix(end): t for n, t in exits.items()}
+        super().cut_learned(vit, Learned(scores=learned.scores, weights=tensors), thresholds)
+
+
+class WDPruningLearner(Learner):
+    """Width and depth in one run.
+
+    Attributes:
+        sites: Site -> its number of units n, of all kinds but blocks.
+        scores: [sum of n], site by site.
+        ties: [sum of n], a permutation of each site's units.
+        thresholds: [sites], beta.
+        multipliers: [2], lam1 and lam2.
+        exits: Number of blocks in front -> norm and classifier.
+    """
+
+    ties: Tensor
+    multipliers: Tensor
+
+    def __init__(self, method: WDPruning, vit: PrunableViT, steps: int) -> None:
+        """Put gates on the rows of all four linear layers, and exits behind blocks."""
+        super().__init__(vit)
+        self.method, self.shape, self.steps = method, vit.shape(), steps
+        self.device = next(vit.parameters()).device
+        self.autocast = autocast_dtype("auto", self.device)
+        sites = method.sites(self.shape).items()
+        self.sites = {site: units for site, units in sites if kind_of(site) != "block"}
+        self.slots = add_gates(vit, *(slot for slots in GATES.values() for slot in slots))
+        self.scores = nn.Parameter(torch.zeros(sum(self.sites.values())))
+        self.thresholds = nn.Parameter(torch.full((len(self.sites),), START))
+        ties = torch.cat([torch.randperm(units) for units in self.sites.values()])
+        self.register_buffer("ties", ties)
+        self.register_buffer("multipliers", torch.zeros(2))
+        self.exits = nn.ModuleDict({str(n): Exit(vit.vit) for n in _exits(method, self.shape)})
+        self.to(self.device)
+        weights = [
+            {"params": list(vit.parameters()), "peak": method.lr},
+            {"params": list(self.exits.parameters()), "peak": method.exit_lr},
+        ]
+        gates = [
+            {"params": [self.scores], "peak": SCORE_LR},
+            {
+                "params": [self.thresholds],
+                "peak": method.threshold_lr / steps,
+                "betas": (0.0, 0.9),
+            },
+        ]
+        self.optimizers = {
+            "weights": torch.optim.AdamW(weights, weight_decay=0.05),
+            "gates": torch.optim.AdamW(gates, weight_decay=0.0),
+        }
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Train everything in every epoch."""
+
+    def step(self, images: Tensor, labels: Tensor, progress: float) -> Tensor:
+        """Train weights, exits, scores and thresholds; ascend the multipliers."""
+        groups = [group for o in self.optimizers.values() for group in o.param_groups]
+        for group in groups:
+            group["lr"] = group["peak"] * schedule_factor(int(1000 * progress), 1000, 0.05)
+        self.zero_grad(set_to_none=True)
+        self.mask()
+        remaining = self.remaining()
+        loss = self.task_loss(images, labels) + self.budget_loss(remaining)
+        loss.backward()
+        for module in (self.vit, *self.exits.values()):
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        nn.utils.clip_grad_norm_([self.thresholds], 1.0)
+        before = self.thresholds.detach().clone()
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+        if remaining > self.method.budget:
+            self.shorten(before)
+        self.ascend(remaining)
+        return loss
+
+    @torch.no_grad()
+    def shorten(self, before: Tensor) -> None:
+        """End the thresholds' step [sites] from above the budget where it meets it, if it does."""
+        above, below = before, self.thresholds.clone()
+        if self.remaining() > self.method.budget:
+            return
+        for _ in range(8):
+            self.thresholds.copy_((above + below) / 2)
+            if self.remaining() > self.method.budget:
+                above = self.thresholds.clone()
+            else:
+                below = self.thresholds.clone()
+        self.thresholds.copy_(below)
+
+    def by_site(self) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+        """Yield (site, scores [n], threshold [], ties [n])."""
+        counts = list(self.sites.values())
+        parts = (self.scores.split(counts), self.thresholds, self.ties.split(counts))
+        return zip(self.sites, *parts, strict=True)
+
+    def mask(self) -> None:
+        """Set the gates to the masks of the present scores and thresholds."""
+        for site, scores, threshold, ties in self.by_site():
+            mask, index = keep_highest(scores, threshold, ties), _block_of(site)
+            for slot in GATES[kind_of(site)]:
+                value = mask
+                if slot in ("query", "key"):
+                    value = mask.view(-1, 1, 1)  # [H, 1, 1]
+                elif slot == "mixed":
+                    value = mask.repeat_interleave(self.shape.blocks[index].v_dim)  # [H * V]
+                self.slots[index][slot].value = value
+
+    def remaining(self) -> Tensor:
+        """Return E, the share of the blocks' weights that is left; differentiable."""
+        sites = self.by_site()
+        return remaining_weights(
+            self.shape, {site: kept_fraction(beta, len(scores)) for site, scores, beta, _ in sites}
+        )
+
+    def budget_loss(self, remaining: Tensor) -> Tensor:
+        """Return lam1 * gap + lam2 * gap^2 with gap = max(E - budget, 0)."""
+        gap = (remaining - self.method.budget).relu()
+        return self.multipliers @ torch.stack([gap, gap.square()])
+
+    @torch.no_grad()
+    def ascend(self, remaining: Tensor) -> None:
+        """Move the multipliers up the budget's loss; they never fall."""
+        gap = (remaining - self.method.budget).relu()
+        rate = self.method.multiplier_lr / self.steps
+        self.multipliers += rate * torch.stack([gap, gap.square()])
+
+    def task_loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the sum of the cross-entropies of the model and of all exits."""
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            logits = self.logits(images)
+        losses = [F.cross_entropy(each.float(), labels) for each in logits.values()]
+        return torch.stack(losses).sum()
+
+    def logits(self, images: Tensor) -> dict[int, Tensor]:
+        """Return number of blocks -> logits [B, classes] of its exit, or of the model itself."""
+        vit, found = self.vit.vit, {}
+        x = self.vit.embed(images)
+        for count, block in enumerate(self.vit.blocks, start=1):
+            x = block(x)  # [B, N, D]
+            if str(count) in self.exits:
+                found[count] = self.exits[str(count)](x, vit)
+        return found | {len(self.vit.blocks): vit.forward_head(vit.norm(x))}
+
+    @torch.no_grad()
+    def top1(self, batches: Batches) -> dict[int, float]:
+        """Return number of blocks -> percent of the images that are classified rightly."""
+        self.eval()
+        self.mask()
+        hits: dict[int, list[Tensor]] = {}
+        for images, labels in batches:
+            for count, logits in self.logits(images.to(self.device)).items():
+                hits.setdefault(count, []).append(logits.argmax(dim=1).cpu() == labels.cpu())
+        if not hits:
+            raise ValueError("there are no validation images to choose the depth on; give some")
+        return {count: 100.0 * torch.cat(h).float().mean().item() for count, h in hits.items()}
+
+    @torch.no_grad()
+    def margins(self) -> Scores:
+        """Return site -> how far a unit's rank lies above the threshold, as a share of all units.
+
+        Half a unit is added, so that the lowest one kept lies half its own share above 0: one of
+        four heads goes together with an eighth of the neurons, and comes back so too.
+        """
+        return {
+            site: (ranks(scores, ties) + 0.5) / len(scores) - 1.0 + kept_fraction(beta, len(scores))
+            for site, scores, beta, ties in self.by_site()
+        }
+
+
+def keep_highest(scores: Tensor, threshold: Tensor, ties: Tensor) -> Tensor:
+    """Return a mask [n]: 1 for the `kept_count` highest scores [n], else 0.
+
+    With G = dL/dmask the gradients are dL/dscores = G, of masked units too, so that they can come
+    back, and dL/dthreshold = sum of G over the kept units, without the sigmoid's derivative.
+    """
+    cut = len(scores) - kept_count(threshold, len(scores))
+    mask = (ranks(scores, ties) >= cut).to(scores.dtype)
+    return mask + (scores - scores.detach()) + mask * (threshold - threshold.detach())
+
+
+def ranks(scores: Tensor, ties: Tensor) -> Tensor:
+    """Return the rank of each score [n], 0 for the lowest; equal ones in the order `ties` [n]."""
+    return ties[torch.argsort(scores.detach()[ties], stable=True)].argsort()
+
+
+def kept_count(threshold: Tensor, units: int) -> Tensor:
+    """Return ceil(sigmoid(threshold) * units), at least 1."""
+    return (threshold.detach().sigmoid() * units).ceil().clamp(min=1.0)
+
+
+def kept_fraction(threshold: Tensor, units: int) -> Tensor:
+    """Return `kept_count` / units, with the gradient of max(sigmoid(threshold), 1 / units)."""
+    return hard(threshold.sigmoid().clamp(min=1.0 / units), kept_count(threshold, units) / units)
+
+
+def _block_of(site: str) -> int:
+    return int(site.split(".")[1])
+
+
+def _exits(method: WDPruning, shape: ViTShape) -> list[int]:
+    """Return the number of blocks in front of each exit, checked."""
+    if "block" not in method.units:
+        return []
+    counts = [i + 1 for i, block in enumerate(shape.blocks) if block.heads + block.hidden][:-1]
+    if wrong := [count for count in method.exits if count not in counts]:
+        raise ValueError(f"option exits of {method.name} has {wrong[0]}; give some of {counts}")
+    return list(method.exits) or counts[-2:]
