@@ -164,3 +164,12 @@ def _state() -> dict[str, torch.Tensor]:
 
 
 _STATE = _state()
+
+
+def test_a_stored_plan_gives_the_same_model_again(tiny, batches) -> None:
+    plan = mixed_plan(0.4, 0.3, 0.5)
+    first, second, images = tiny(), tiny(), images_for(tiny())
+    plan.apply(first, batches)
+    Plan.from_json(json.loads(json.dumps(plan.to_json()))).apply(second, batches)
+    assert second.shape() == first.shape() != tiny().shape()
+    assert torch.equal(second(images), first(images))

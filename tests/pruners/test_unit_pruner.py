@@ -62,3 +62,30 @@ def test_overlapping_kinds_are_refused() -> None:
     for units in (("dim", "v_dim"), ("head", "ragged_dim"), ("ragged_dim", "ragged_v_dim")):
         with pytest.raises(ValueError, match="whose head dims overlap"):
             RandomUnits(units=units)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_sizes_are_rounded_and_no_layer_is_emptied(share: float, tiny) -> None:
+    shape = tiny().shape()
+    pruner = RandomUnits(units=("head", "dim", "neuron", "attn_out", "mlp_out"), multiple=4)
+    cut = pruner.shrink(shape, dict.fromkeys(pruner.sites(shape), share))
+    for block in cut.blocks:
+        sizes = (block.qk_dim, block.v_dim, block.hidden, block.attn_out, block.mlp_out)
+        assert all(size % 4 == 0 and size >= 4 for size in sizes)
+        assert block.heads >= 1
+
+
+def test_a_global_ranking_removes_that_share_of_all_units(tiny) -> None:
+    """Units of one size each, so that a share of the cost is a share of the units."""
+    shape = tiny().shape()
+    pruner = RandomUnits(units=("neuron",))
+    torch.manual_seed(5)
+    scores = pruner.score(tiny(), [])
+    per_neuron = 2 * 7 * 24  # 7 tokens, width 24
+    macs = cost_of(shape).effective_macs - 130 * per_neuron
+    shares = pruner.allocate(shape, scores, macs)
+    cut = {site: round(share * 96) for site, share in shares.items()}
+    assert sum(cut.values()) == 130
+    assert len(set(cut.values())) == 3
+    limit = torch.cat(list(scores.values())).sort().values[130]
+    assert all(int((scores[site] < limit).sum()) == count for site, count in cut.items())
