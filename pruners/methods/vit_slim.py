@@ -247,7 +247,8 @@ class ViTSlimLearner(Learner):
             for slot in gates.keys() & {"query", "key"}:
                 gates[slot].value = by_head.unsqueeze(1)  # [H, 1, K]
         for index, z in self.neurons.items():
-            self.unit_gates[int(index)]["neuron"].value = z
+            # A view: a parameter as such would become one of the gate's own.
+            self.unit_gates[int(index)]["neuron"].value = z.view(-1)
         prefix = next(self.vit.parameters()).new_ones(self.shape.prefix_tokens)
         for index, z in self.patches.items():
             for gate in self.patch_gates[int(index)].values():

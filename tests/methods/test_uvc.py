@@ -407,23 +407,6 @@ def test_nothing_of_the_run_is_left_in_the_model(tiny, batches) -> None:
     assert set(learned.weights) == set(vit.vit.state_dict())
 
 
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tiny, batches, tmp_path) -> None:
-    vit, method, data = tiny(), load_method("uvc", epochs=8), LearningData.of(batches)
-    whole = method.learn(vit, data)
-    for stop in (2, 6):  # while blocks may be skipped, and under masks
-
-        def train(epoch: int, stop: int = stop):
-            if epoch == stop:
-                raise InterruptedError
-            return batches
-
-        with pytest.raises(InterruptedError):
-            method.learn(vit, dataclasses.replace(data, train=train), tmp_path / "run.pt")
-    resumed = method.learn(vit, data, tmp_path / "run.pt")
-    assert all(torch.equal(resumed.scores[s], whole.scores[s]) for s in whole.scores)
-    assert all(torch.equal(resumed.weights[n], whole.weights[n]) for n in whole.weights)
-
-
 def test_blocks_may_lack_heads_or_a_branch(tiny, batches) -> None:
     vit = tiny()
     keep_heads(vit.blocks[0].attn, torch.tensor([0, 2]))

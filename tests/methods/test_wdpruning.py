@@ -419,30 +419,6 @@ def test_allocation_takes_the_exits_blocks_and_the_cut_its_classifier(tiny, batc
     assert torch.equal(own.vit.head.weight, vit.vit.head.weight)
 
 
-class StoppedError(Exception):
-    pass
-
-
-def test_an_interrupted_run_goes_on_bit_for_bit(tiny, batches, tmp_path) -> None:
-    vit, method = tiny(), load_method("wdpruning", epochs=3)
-    data, file = LearningData.of(batches), tmp_path / "learning.pt"
-    whole = method.learn(vit, data)
-
-    def train(epoch: int) -> Batches:
-        if epoch == 2:
-            raise StoppedError
-        return batches
-
-    with pytest.raises(StoppedError):
-        method.learn(vit, dataclasses.replace(data, train=train), file)
-    resumed = method.learn(vit, data, file)
-    assert all(torch.equal(resumed.scores[s], whole.scores[s]) for s in whole.scores)
-    assert all(torch.equal(resumed.weights[n], whole.weights[n]) for n in whole.weights)
-    assert {k: v for k, v in resumed.report.items() if k != "seconds"} == {
-        k: v for k, v in whole.report.items() if k != "seconds"
-    }
-
-
 def test_scores_and_thresholds_have_no_weight_decay_and_no_gate_stays(tiny, batches) -> None:
     method, learner = fresh(tiny(), batches)
     decay = {

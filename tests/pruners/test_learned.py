@@ -7,20 +7,25 @@ from typing import ClassVar
 import pytest
 import torch
 
-from pruners import cost_of, load_method
+from pruners import cost_of, load_method, method_names
 from pruners.gates import LearningData
 from pruners.learned import Learned, LearnedPruner
+
+LEARNERS = [name for name in method_names() if isinstance(load_method(name), LearnedPruner)]
 
 
 class StoppedError(Exception):
     pass
 
 
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tiny, batches, tmp_path) -> None:
-    vit, method = tiny(), load_method("x_pruner", mask_epochs=2, epochs=2)
+@pytest.mark.parametrize("name", LEARNERS)
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
+    name: str, tiny, batches, tmp_path
+) -> None:
+    vit, method = tiny(), load_method(name, epochs=8)
     data, file = LearningData.of(batches), tmp_path / "learning.pt"
     whole = method.learn(vit, data)
-    for stop in (1, 3):  # in stage 1, and in stage 2
+    for stop in (1, 3, 7):  # in whatever stages a method has
 
         def train(epoch: int, stop: int = stop):
             if epoch == stop:
@@ -32,6 +37,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(tiny, batches, tm
     resumed = method.learn(vit, data, file)
     assert all(torch.equal(resumed.scores[s], whole.scores[s]) for s in whole.scores)
     assert all(torch.equal(resumed.weights[n], whole.weights[n]) for n in whole.weights)
+    assert {**resumed.report, "seconds": 0.0} == {**whole.report, "seconds": 0.0}
 
 
 def test_what_was_learned_survives_saving_and_weights_can_be_left(tiny, batches, tmp_path) -> None:
