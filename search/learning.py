@@ -16,6 +16,7 @@ from pruners import PrunableViT
 from pruners.gates import LearningData
 from pruners.learned import Learned, LearnedPruner
 from search.parquet import Images
+from search.progress import HEARTBEAT_S
 from search.space import Rung, SpaceStep
 from search.sweep import Sweep, SweepFailedError
 from search.trial import open_split, trial_device
@@ -55,6 +56,7 @@ def learn_all(
     dense: PrunableViT,
     steps: tuple[SpaceStep, ...],
     ended: Callable[[LearningRun], None],
+    waiting: Callable[[list[str]], None],
 ) -> dict[str, list[Rung]]:
     """Let every step that learns do so, side by side as far as the cluster has room.
 
@@ -63,6 +65,7 @@ def learn_all(
         dense: The dense model, on the CPU.
         steps: The steps of the space.
         ended: Told of each run that has ended.
+        waiting: Told now and then whose runs have not.
 
     Returns:
         Label -> what was learned, for each of the step's budgets.
@@ -75,23 +78,30 @@ def learn_all(
     )
     shared, folder = ray.put(dense), Path(sweep.storage).resolve() / FOLDER
     pending = {
-        learn.remote(sweep, shared, step.label, pruner, folder): pruner
+        learn.remote(sweep, shared, step.label, pruner, folder): (step.label, pruner)
         for step in steps
         for pruner in step.learners()
     }
     rungs: dict[str, list[Rung]] = {}
     while pending:
-        (done,), _ = ray.wait(list(pending))
-        pruner = pending.pop(done)
-        try:
-            run: LearningRun = ray.get(done)
-        except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None) or error
-            raise SweepFailedError(f"{pruner.name} could not learn: {cause}") from error
-        ended(run)
-        scores = Learned.load(Path(run.path)).scores
-        rungs.setdefault(run.label, []).append(Rung(pruner=pruner, scores=scores, path=run.path))
+        done, _ = ray.wait(list(pending), timeout=HEARTBEAT_S)
+        for task in done:
+            label, pruner = pending.pop(task)
+            run = _result(task, label)
+            ended(run)
+            scores = Learned.load(Path(run.path)).scores
+            rungs.setdefault(label, []).append(Rung(pruner=pruner, scores=scores, path=run.path))
+        if not done:
+            waiting(sorted({label for label, _ in pending.values()}))
     return rungs
+
+
+def _result(task: ray.ObjectRef[LearningRun], label: str) -> LearningRun:
+    try:
+        return ray.get(task)
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None) or error
+        raise SweepFailedError(f"{label} could not learn: {cause}") from error
 
 
 def learn_once(

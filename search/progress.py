@@ -13,7 +13,7 @@ from rich.table import Table
 from search.results import Front, TrialRecord
 
 HEARTBEAT_S = 30.0
-"""Longest silence while trials run."""
+"""Longest silence while methods learn or trials run, in seconds."""
 
 
 class Progress:
@@ -40,6 +40,11 @@ class Progress:
     def learning(self, labels: list[str]) -> None:
         """Say that methods learn before the first trial, and which."""
         self._say(f"learning once for all trials: {', '.join(labels)}")
+
+    def still_learning(self, labels: list[str]) -> None:
+        """Say that the sweep is alive, and what it waits for."""
+        took = duration(self.clock() - self.start)
+        self._say(f"  learning for {took}, not done: {', '.join(labels)}")
 
     def learned(self, line: str) -> None:
         """Print what came of a learning run."""

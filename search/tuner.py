@@ -68,7 +68,7 @@ def with_learned(
         progress.learned(run.describe())
 
     progress.learning(space.learners)
-    learned = learn_all(sweep, dense, space.steps, ended)
+    learned = learn_all(sweep, dense, space.steps, ended, progress.still_learning)
     tracker.learned([dataclasses.asdict(run) for run in runs])
     progress.restart_clock()
     return Space(sweep, dense.shape(), learned)

@@ -89,11 +89,23 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(
 
 
 @pytest.mark.usefixtures("ray_session")
+def test_what_is_still_learning_is_said(sweep_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("search.learning.HEARTBEAT_S", 0.05)
+    sweep = load_sweep(sweep_file, [QUICK])
+    dense, space = check(sweep)
+    runs, heard = [], []
+    rungs = learn_all(sweep, dense, space.steps, runs.append, heard.append)
+    assert heard
+    assert all(labels == ["x_pruner"] for labels in heard)
+    assert [run.label for run in runs] == list(rungs) == ["x_pruner"]
+
+
+@pytest.mark.usefixtures("ray_session")
 def test_a_failed_run_ends_the_sweep_by_name(sweep_file: Path) -> None:
     sweep = load_sweep(sweep_file, ['steps=[{method="x_pruner", classes=[7]}]', "max_failures=0"])
     dense, space = check(sweep)
     with pytest.raises(SweepFailedError, match=r"x_pruner could not learn: .*classes.* has 7"):
-        learn_all(sweep, dense, space.steps, lambda run: None)
+        learn_all(sweep, dense, space.steps, lambda run: None, lambda labels: None)
 
 
 @pytest.mark.slow

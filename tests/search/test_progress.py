@@ -125,3 +125,15 @@ def test_front_line() -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_learning_is_told_before_the_trials(progress: Progress, clock: Clock) -> None:
+    progress.learning(["uvc", "vit_slim"])
+    clock.now += 95.0
+    progress.still_learning(["uvc"])
+    progress.learned("uvc for 0.50x: learned in 97 s")
+    assert lines(progress) == [
+        "learning once for all trials: uvc, vit_slim",
+        "  learning for 1:35 min, not done: uvc",
+        "  uvc for 0.50x: learned in 97 s",
+    ]
