@@ -264,6 +264,12 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 def _one_line(error: ValidationError) -> str:
     problems = error.errors()
+    places = [problem["loc"] for problem in problems]
+    problems = [  # what is wrong with a whole only because a part is wrong says nothing
+        problem
+        for problem in problems
+        if not any(p[: len(problem["loc"])] == problem["loc"] != p for p in places)
+    ]
     first = problems[0]
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return _problem(first) + more

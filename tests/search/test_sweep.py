@@ -73,7 +73,7 @@ def test_neither_torch_nor_ray_is_imported() -> None:
         ("steps=[]", r"steps is \[\]"),
         (
             "steps=[{method='magnitud'}]",
-            r"steps\.0 names no method: 'magnitud'; did you mean 'magnitude'\?.*evit",
+            r"steps\.0 names no method: 'magnitud'; did you mean 'magnitude'\?.*x_pruner$",
         ),
         ("steps=[{scope='layer'}]", r"steps\.0\.method is missing"),
         ("steps=[{method='evit', max_share=1.5}]", r"steps\.0\.max_share is 1\.5"),
