@@ -184,7 +184,7 @@ class Space:
         """
         budget = float(parameters["budget"])
         if self._ratio(self._plan(parameters, math.inf)) > budget:
-            parameters = {k: v or k.endswith(".present") for k, v in parameters.items()}
+            parameters = {k: k.endswith(".present") or v for k, v in parameters.items()}
             if parameters.get("learner") == NO_LEARNER:
                 parameters["learner"] = self.learners[0]
         below, above = self._bracket(parameters, budget)
