@@ -123,7 +123,7 @@ class Space:
         self._check_padding()
         self.learned = learned or {}
         self._own: dict[tuple[str, float], Thresholds] = {}
-        least = self._ratio(self._plan(self._uniform(self.low), math.inf))
+        least = min(self._least(rung) for rung in range(max(1, len(self.learners))))
         if least > self.low:
             raise SweepError(
                 f"budget is [{self.low}, {self.high}] of the dense {sweep.cost}; these steps "
@@ -243,6 +243,17 @@ class Space:
                 shape = pruner.shrink(shape, thresholds)
             steps.append(Step(pruner=pruner, thresholds=thresholds))
         return Plan(steps=tuple(steps))
+
+    def _least(self, rung: int) -> float:
+        """Return the smallest cost ratio of all steps together, with the learner of that number.
+
+        Raises:
+            SweepError: If they cannot stand in one plan.
+        """
+        try:
+            return self._ratio(self._plan(self._uniform(self.low, rung), math.inf))
+        except ValueError as error:
+            raise SweepError(f"steps do not go together: {error}") from error
 
     def _check_padding(self) -> None:
         """Refuse a unit step behind one that may pad heads: the padding is masked weights."""

@@ -267,6 +267,10 @@ def test_a_block_goes_only_where_the_method_itself_removes_it(sweep_file, tiny) 
         ('{method="vit_slim", budgets=[0.5]}', "vit_slim does not learn for a budget"),
         ('{method="x_pruner", thresholds="global", budgets=[0.5]}', "does not learn for a budget"),
         ('{method="vit_slim"}, {method="grouped"}', "which may leave heads of different widths"),
+        (
+            '{method="x_pruner"}, {method="vit_slim", units=["token"]}, {method="evit"}',
+            "do not go together: evit got a model with reduced tokens",
+        ),
         ('{method="x_pruner", budgets=[0.0]}', "option budget of x_pruner is 0.0"),
     ],
 )
