@@ -17,7 +17,7 @@ from pruners.gates import LearningData
 from pruners.learned import Learned, LearnedPruner
 from search.parquet import Images
 from search.progress import HEARTBEAT_S
-from search.space import Rung, SpaceStep
+from search.space_step import Rung, SpaceStep
 from search.sweep import Sweep, SweepFailedError
 from search.trial import open_split, trial_device
 

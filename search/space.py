@@ -14,19 +14,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from pruners import Plan, Pruner, Step, ViTShape, cost_of, load_method
+from pruners import Plan, Step, ViTShape, cost_of
 from pruners.learned import LearnedPruner
-from pruners.pruner import Scores, Thresholds
-from pruners.sites import RAGGED, kind_of
-from pruners.weight_pruner import WeightPruner
-from search.sweep import StepSpec, Sweep, SweepError
+from pruners.pruner import Thresholds
+from pruners.sites import RAGGED
+from search.space_step import Parameters, Rung, SpaceStep, space_step
+from search.sweep import Sweep, SweepError
 
 if TYPE_CHECKING:
     import optuna
-
-Parameters = dict[str, float | bool | str]
 
 NO_LEARNER = "none"
 """Value of the parameter `learner` in a trial without a step that learns."""
@@ -46,38 +44,6 @@ class Proposal:
     """Cost after the plan as a share of the dense model's, in the sweep's chosen cost."""
     learned: str = ""
     """File of what the plan's first step has learned; empty if it does not learn."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SpaceStep:
-    """A step of the space: its method, its label in parameter names, how its shares run."""
-
-    label: str
-    pruner: Pruner
-    kind: Literal["tied", "layer", "residual"]
-    max_share: float
-    budgets: tuple[float, ...] = ()
-
-    def learners(self) -> list[LearnedPruner]:
-        """Return the methods that must learn before the trials: one per budget of the step."""
-        if not isinstance(self.pruner, LearnedPruner):
-            return []
-        return [self.pruner.for_budget(b) for b in self.budgets] or [self.pruner]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rung:
-    """What a step has learned for one budget.
-
-    Attributes:
-        pruner: The method, with the budget among its options.
-        scores: Site -> scores.
-        path: File of scores and weights.
-    """
-
-    pruner: LearnedPruner
-    scores: Scores
-    path: str
 
 
 class Space:
@@ -107,7 +73,7 @@ class Space:
         self.low, self.high = sweep.budget.low, sweep.budget.high
         self.rungs = sweep.ladder
         self.steps = tuple(
-            _space_step(label, spec, sweep.epochs)
+            space_step(label, spec, sweep.epochs)
             for label, spec in zip(sweep.labels, sweep.steps, strict=True)
         )
         try:
@@ -235,8 +201,13 @@ class Space:
                 sites = pruner.sites(shape)  # an earlier step may have removed branches
                 own = self._proposed(step, budget)
                 thresholds = {
-                    site: self._share(
-                        step, site, units, scale, own.get(site, 0.0) if own else None, parameters
+                    site: step.share(
+                        site,
+                        units,
+                        own.get(site, 0.0) if own else None,
+                        parameters,
+                        scale,
+                        last_block=len(self.dense.blocks) - 1,
                     )
                     for site, units in sites.items()
                 }
@@ -271,34 +242,6 @@ class Space:
         if step.label in self.learners:
             return parameters["learner"] == step.label
         return bool(parameters[f"{step.label}.present"])
-
-    def _share(
-        self,
-        step: SpaceStep,
-        site: str,
-        units: int,
-        scale: float,
-        own: float | None,
-        parameters: Parameters,
-    ) -> float:
-        """Return a site's share: what is sampled, or the method's own times what is sampled.
-
-        Blocks and whole heads go only where the method itself removes them.
-        """
-        if kind_of(site) == "block":
-            return 1.0 if own == 1.0 and scale >= 0.5 else 0.0
-        if step.kind == "layer":
-            raw = float(parameters[f"{step.label}.{site}"])
-        else:
-            depth = int(site.split(".")[1]) / max(1, len(self.dense.blocks) - 1)
-            base, slope = (float(parameters[f"{step.label}.{k}"]) for k in ("base", "slope"))
-            raw = base * (1.0 + slope * (2.0 * depth - 1.0))
-            raw *= 1.0 if own is None else 2.0 * own
-        if raw == 0.0:
-            return 0.0
-        if own == 1.0 and scale * raw * units + 0.5 >= units:
-            return 1.0
-        return min(step.max_share, scale * raw)
 
     def _rung(self, label: str, budget: float) -> Rung | None:
         """Return what a step has learned for the budget that is nearest; None if nothing."""
@@ -338,37 +281,3 @@ class Space:
             else:
                 parameters |= {f"{step.label}.base": 0.5, f"{step.label}.slope": 0.0}
         return parameters
-
-
-def _space_step(label: str, spec: StepSpec, epochs: int) -> SpaceStep:
-    try:
-        pruner = load_method(spec.method, **spec.options)
-    except (ValueError, TypeError) as error:
-        raise SweepError(f"steps: {error}") from error
-    if spec.max_share == 1.0 and not pruner.whole_sites:
-        raise SweepError(
-            f"max_share of step {label} is 1; "
-            "give less than 1, only unit methods can remove a whole site"
-        )
-    if isinstance(pruner, WeightPruner) and pruner.ramp_epochs > epochs:
-        raise SweepError(
-            f"ramp_epochs of step {label} is {pruner.ramp_epochs}; "
-            f"give at most the sweep's epochs, {epochs}"
-        )
-    learns = isinstance(pruner, LearnedPruner)
-    if spec.space == "residual" and not learns:
-        raise SweepError(
-            f"space of step {label} is 'residual'; give 'tied' or 'layer', {label} learns nothing"
-        )
-    if spec.budgets and not (isinstance(pruner, LearnedPruner) and pruner.learns_for_a_budget()):
-        raise SweepError(
-            f"budgets of step {label} are {list(spec.budgets)}; "
-            f"give none, {label} does not learn for a budget"
-        )
-    return SpaceStep(
-        label=label,
-        pruner=pruner,
-        kind=spec.space or ("residual" if learns else "tied"),
-        max_share=spec.max_share,
-        budgets=spec.budgets,
-    )

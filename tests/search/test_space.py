@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from pruners import cost_of, load_method
-from search.space import OutOfReachError, Rung, Space
+from search.space import OutOfReachError, Space
+from search.space_step import Rung
 from search.sweep import SweepError, load_sweep
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
