@@ -88,7 +88,7 @@ def _lowest(
         shrink: Thresholds -> shape after the cut.
         macs: Effective MACs to reach.
     """
-    ranking = torch.sort(torch.cat(list(removable.values()))).values
+    ranking = torch.sort(torch.cat(list(removable.values()) or [torch.empty(0)])).values
 
     def shares(count: int) -> dict[str, float]:
         if count == 0:
@@ -99,10 +99,7 @@ def _lowest(
 
     count = smallest(ranking.numel(), lambda n: cost_of(shrink(shares(n))).effective_macs <= macs)
     if count is None:
-        least = cost_of(shrink(shares(ranking.numel()))).effective_gmacs
-        raise ValueError(
-            f"budget of {macs / 1e9:.4g} effective GMACs is out of reach; {least:.4g} is the least"
-        )
+        raise out_of_reach(macs, shrink(shares(ranking.numel())))
     return shares(count)
 
 
@@ -123,10 +120,7 @@ def same_share(
 
     step = smallest(steps, lambda n: cost_of(shrink(shares(n))).effective_macs <= macs)
     if step is None:
-        least = cost_of(shrink(shares(steps))).effective_gmacs
-        raise ValueError(
-            f"budget of {macs / 1e9:.4g} effective GMACs is out of reach; {least:.4g} is the least"
-        )
+        raise out_of_reach(macs, shrink(shares(steps)))
     return shares(step)
 
 
@@ -139,3 +133,11 @@ def smallest(largest: int, holds: Callable[[int], bool]) -> int | None:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle + 1, high)
     return low
+
+
+def out_of_reach(macs: float, smallest_shape: ViTShape) -> ValueError:
+    """Return the error of a budget of effective MACs below the smallest shape's."""
+    least = cost_of(smallest_shape).effective_gmacs
+    return ValueError(
+        f"budget of {macs / 1e9:.4g} effective GMACs is out of reach; {least:.4g} is the least"
+    )

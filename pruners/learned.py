@@ -165,16 +165,6 @@ class LearnedPruner(UnitPruner, abc.ABC):
         """Learn on the batches and cut in place."""
         self.cut_learned(vit, self.learn(vit, LearningData.of(batches)), thresholds)
 
-    def _nothing_more(self, shape: ViTShape, gone: Thresholds, macs: float) -> dict[str, float]:
-        """Accept that only whole blocks can go, if that is enough."""
-        least = cost_of(self.shrink(shape, gone))
-        if least.effective_macs > macs:
-            raise ValueError(
-                f"budget of {macs / 1e9:.4g} effective GMACs is out of reach; "
-                f"{least.effective_gmacs:.4g} is the least"
-            )
-        return {}
-
     def cut_learned(self, vit: PrunableViT, learned: Learned, thresholds: Thresholds) -> None:
         """Take over the learned weights and cut in place."""
         if learned.weights:
@@ -217,8 +207,6 @@ class LearnedPruner(UnitPruner, abc.ABC):
             for site, margin in margins.items()
             if kind_of(site) != "block" and block_site(int(site.split(".")[1])) not in gone
         }
-        if not left:
-            return self._nothing_more(shape, gone, macs)
         whole = [site for site in left if kind_of(site) in self.whole_kinds]
         return common_cutoff(
             left, lambda shares: self.shrink(shape, {**gone, **shares}), macs, whole

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruners.allocation import smallest
+from pruners.allocation import out_of_reach, smallest
 from pruners.cost import cost_of
 from pruners.gates import Learner, LearningData, add_gates, fold_gates, remove_gates
 from pruners.learned import Learned, LearnedPruner, model_tensors
@@ -154,10 +154,7 @@ class ViTSlim(LearnedPruner):
 
         step = smallest(STEPS - 1, lambda n: cost(n) <= macs)
         if step is None:
-            raise ValueError(
-                f"budget of {macs / 1e9:.4g} effective GMACs is out of reach; "
-                f"{cost(STEPS - 1) / 1e9:.4g} is the least"
-            )
+            raise out_of_reach(macs, self.shrink(shape, shares(STEPS - 1)))
         return shares(step)
 
     def learner(self, vit: PrunableViT, data: LearningData) -> ViTSlimLearner:
