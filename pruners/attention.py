@@ -1,9 +1,9 @@
 """Multi-head self-attention in which q/k and v may have widths of their own.
 
 timm's `Attention` has one head width for q, k and v and derives the softmax scale from it, so it
-cannot express a pruned
-attention: cutting q/k dims would change the temperature. This module keeps timm's parameter names
-and takes over timm's own layers.
+cannot express a pruned attention: cutting q/k dims would change the temperature. This module keeps
+timm's parameter names and takes over timm's own layers. Its tokens may count differently: those that
+stand for several patches (`size`), and those that were dropped but are still there (`policy`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from timm.layers import Attention as TimmAttention
 from torch import Tensor, nn
+
+POLICY_EPS = 1e-6
+"""Keeps the softmax under a policy finite where nothing is kept (DynamicViT's value)."""
 
 
 class Attended(NamedTuple):
@@ -53,27 +56,73 @@ class Attention(nn.Module):
         self.proj: nn.Linear = attention.proj
         self.proj_drop: nn.Module = attention.proj_drop
 
-    def forward(self, x: Tensor) -> Attended:
-        """Attend. `x` is [B, N, D]."""
+    def forward(
+        self, x: Tensor, size: Tensor | None = None, policy: Tensor | None = None
+    ) -> Attended:
+        """Attend.
+
+        Args:
+            x: [B, N, D].
+            size: [B, N]; a key of size s counts as s equal keys.
+            policy: [B, N]; a key is seen to the degree of its policy, from 0 to 1, and always by
+                itself. See `softmax_with_policy`.
+        """
         qk, v_width = self.heads * self.qk_dim, self.heads * self.v_dim
         q, k, v = self.qkv(x).split([qk, qk, v_width], dim=-1)
         q = self.q_norm(self._by_head(q, self.qk_dim))  # [B, H, N, K]
         k = self.k_norm(self._by_head(k, self.qk_dim))
         v = self._by_head(v, self.v_dim)  # [B, H, N, V]
-        mixed = self._fused(q, k, v) if self.fused_attn else self._unfused(q, k, v)
+        bias = size.log()[:, None, None, :].to(q.dtype) if size is not None else None
+        if policy is None and self.fused_attn:
+            mixed = self._fused(q, k, v, bias)
+        else:
+            mixed = self._unfused(q, k, v, bias, policy)
         mixed = mixed.transpose(1, 2).flatten(2)  # [B, N, H * V]
         return Attended(self.proj_drop(self.proj(self.norm(mixed))), q, k)
 
     def _by_head(self, x: Tensor, width: int) -> Tensor:
         return x.unflatten(-1, (self.heads, width)).transpose(1, 2)
 
-    def _fused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         dropout = self.attn_drop.p if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, dropout_p=dropout, scale=self.scale
+        )
 
-    def _unfused(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        weights = ((q * self.scale) @ k.transpose(-2, -1)).softmax(dim=-1)  # [B, H, N, N]
+    def _unfused(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, policy: Tensor | None
+    ) -> Tensor:
+        logits = (q * self.scale) @ k.transpose(-2, -1)  # [B, H, N, N]
+        if bias is not None:
+            logits = logits + bias
+        if policy is None:
+            weights = logits.softmax(dim=-1)
+        else:
+            weights = softmax_with_policy(logits, policy).to(v.dtype)
         return self.attn_drop(weights) @ v
+
+
+def softmax_with_policy(logits: Tensor, policy: Tensor) -> Tensor:
+    """Return the softmax over the tokens that a policy keeps, with a gradient for those it drops.
+
+    Y. Rao et al. (2021), arXiv:2106.02034, eq. 11. The policy multiplies behind the exponential: a
+    boolean or infinite mask, or the logarithm of a policy of 0, would pass no gradient to it. Rows
+    of dropped tokens stay well defined, since every token sees itself.
+
+    Args:
+        logits: [B, H, N, N].
+        policy: [B, N], from 0 to 1.
+
+    Returns:
+        [B, H, N, N] in float32: (E + eps / N) / (sum of E + eps), E_ij = exp(logits_ij) policy_j.
+    """
+    tokens = policy.shape[1]
+    seen = policy.float()[:, None, None, :]
+    own = torch.eye(tokens, device=policy.device)
+    logits = logits.float()
+    seen = seen + (1.0 - seen) * own  # [B, 1, N, N]
+    weights = (logits - logits.amax(dim=-1, keepdim=True)).exp() * seen
+    return (weights + POLICY_EPS / tokens) / (weights.sum(dim=-1, keepdim=True) + POLICY_EPS)
 
 
 def attention_rows(query: Tensor, key: Tensor, scale: float) -> Tensor:

@@ -28,7 +28,7 @@ from pruners.surgery import cut_to_shape
 from pruners.vit import PrunableViT
 
 WEIGHTS, SHAPE = "model.safetensors", "shape.json"
-FORMAT = 1
+FORMAT = 2
 
 
 def build(name: str | None, args: Mapping[str, Any], *, pretrained: bool = False) -> dict[str, Any]:
@@ -128,9 +128,7 @@ def save(vit: PrunableViT, path: Path, measured: Mapping[str, Any]) -> None:
         "arch": vit.arch,
         "input": {"mean": vit.mean, "std": vit.std},
         "shape": vit.shape().to_json(),
-        "reducers": {
-            str(i): b.reducer.recipe for i, b in enumerate(vit.blocks) if b.reducer is not None
-        },
+        "token_step": vit.token_step,
         "measured": dict(measured),
     }
     state = {key: value.detach().cpu().contiguous() for key, value in vit.vit.state_dict().items()}
@@ -152,10 +150,8 @@ def load(path: Path) -> PrunableViT:
     try:
         arch, stored = description["arch"], description["input"]
         shape = ViTShape.from_json(description["shape"])
-        reducers = {
-            int(i): (r["method"], r["options"], r["share"])
-            for i, r in description["reducers"].items()
-        }
+        step = description["token_step"]
+        tokens = (step["method"], step["options"], step["thresholds"]) if step else None
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path / SHAPE} lacks {error}; give what PrunableViT.save writes"
@@ -164,13 +160,14 @@ def load(path: Path) -> PrunableViT:
     mean, std = (tuple(stored[key]) if stored[key] is not None else None for key in ("mean", "std"))
     vit = PrunableViT(**{**parts, "mean": mean, "std": std})
     cut_to_shape(vit, shape)
-    for index, (method, options, share) in reducers.items():
+    if tokens is not None:
+        method, options, thresholds = tokens
         pruner = load_method(method, **options)
         if not isinstance(pruner, ReducesTokens):
             raise ValueError(
-                f"{path / SHAPE}: reducer {method!r} reduces no tokens; give a token method"
+                f"{path / SHAPE}: token_step {method!r} reduces no tokens; give a token method"
             )
-        vit.blocks[index].reducer = pruner.reducer(vit.shape(), share)
+        pruner.place(vit, thresholds)
     load_weights(vit.vit, state, source=str(path / WEIGHTS))
     layers = dict(vit.linears())
     vit.masks = {

@@ -71,7 +71,7 @@ def _activation_macs(shape: ViTShape) -> int:
 
 
 def _params(shape: ViTShape) -> int:
-    params = shape.outer_params
+    params = shape.outer_params + sum(block.reducer_params for block in shape.blocks)
     for site, rows, columns, _ in shape.linears():
         biased = shape.qkv_bias if site.endswith("qkv") else shape.proj_bias
         params += rows * columns + biased * rows

@@ -152,8 +152,7 @@ class Plan:
 
 def _refuse_late(step: Step, shape: ViTShape) -> None:
     """Refuse to cut units or tokens after a later family: costs and scores would be wrong."""
-    reduced = any(block.tokens != block.mlp_tokens for block in shape.blocks)
-    if step.pruner.family != "weight" and (shape.nonzero or reduced):
+    if step.pruner.family != "weight" and (shape.nonzero or shape.reduced):
         earlier = "masked weights" if shape.nonzero else "reduced tokens"
         raise ValueError(
             f"step {step.pruner.name} cuts {step.pruner.family}s of a model with {earlier}; "

@@ -20,7 +20,6 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 from torch import Tensor
 
 from pruners.shape import ViTShape
-from pruners.tokens import TokenReducer
 from pruners.vit import PrunableViT
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -106,18 +105,8 @@ class Pruner(abc.ABC):
 class ReducesTokens(Protocol):
     """A method whose models hold token reducers, which a saved model is rebuilt with."""
 
-    def reducer(self, shape: ViTShape, share: float) -> TokenReducer:
-        """Return the module that drops `share` of the patch tokens of one block."""
-
-
-class TokenPruner(Pruner, abc.ABC):
-    """Interface of the token family; see `pruners.token_pruner` for what its methods share."""
-
-    family: ClassVar[str] = "token"
-
-    @abc.abstractmethod
-    def reducer(self, shape: ViTShape, share: float) -> TokenReducer:
-        """Return the module that drops `share` of the patch tokens of one block."""
+    def place(self, vit: PrunableViT, thresholds: Thresholds) -> None:
+        """Put reducers into the blocks of a model; weights are loaded afterwards."""
 
 
 def method_names() -> list[str]:

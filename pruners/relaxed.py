@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pruners.gates import hard, linear_macs
 from pruners.shape import ViTShape
+from pruners.tokens import Tokens
 from pruners.vit import Block
 
 
@@ -84,7 +85,7 @@ class CompressedBlock(nn.Module):
         """Return g1 * block(x) + (1 - g1) * x."""
         if self.skipped:
             return x
-        out = self.block(x)
+        out = self.block(Tokens(x)).x
         return out if self.gate is None else x + self.gate * (out - x)
 
     @torch.no_grad()

@@ -26,6 +26,7 @@ class BlockShape:
         attn_out: Residual channels that the attention branch writes to; 0 without the branch.
         mlp_out: Residual channels that the MLP branch writes to; 0 without the branch.
         reducer_macs: Multiply-adds that reducing the tokens itself costs per image.
+        reducer_params: Parameters of what reduces the tokens.
     """
 
     tokens: int
@@ -37,6 +38,7 @@ class BlockShape:
     attn_out: int
     mlp_out: int
     reducer_macs: int = 0
+    reducer_params: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,12 @@ class ViTShape:
     def patches(self) -> int:
         """Patches of one image."""
         return (self.image[0] // self.patch[0]) * (self.image[1] // self.patch[1])
+
+    @property
+    def reduced(self) -> bool:
+        """Whether fewer tokens flow somewhere than enter the first block."""
+        full = self.patches + self.prefix_tokens
+        return any(block.tokens != full or block.mlp_tokens != full for block in self.blocks)
 
     def linears(self) -> Iterator[tuple[str, int, int, int]]:
         """Yield (site, out features, in features, tokens) of each linear layer in the blocks."""

@@ -1,56 +1,83 @@
-"""Token reduction: fewer tokens flow on from a block.
+"""Tokens on their way through a model, and what reduces them.
 
-Pure functions of tensors, and the interface of the modules that a token method puts between
-attention and MLP.
+Pure functions of tensors, and the interfaces of the modules that a token method puts in front of a
+block, or between its attention and its MLP.
 """
 
 from __future__ import annotations
 
 import abc
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pruners.attention import Attended
 
-class TokenReducer(nn.Module, abc.ABC):
-    """Reduces the tokens of one block, between its attention and its MLP.
+
+class Tokens(NamedTuple):
+    """The residual stream, and what is known of its tokens.
 
     Attributes:
-        recipe: `{"method", "options", "share"}`, JSON values from which a saved model builds the
-            reducer again.
+        x: [B, N, D], the prefix tokens first.
+        size: [B, N], how many patches each token stands for; None if each stands for one.
+        policy: [B, N], 1 where a token is kept and 0 where it was dropped but is still carried
+            along, in training; None where dropped tokens are really gone.
+        decisions: After each selector that was passed in training, [B, patches]: 1 for the patches
+            that it and all before it keep, 0 for the others, differentiable.
     """
 
-    def __init__(self, recipe: dict[str, Any]) -> None:
-        """Keep the recipe."""
-        super().__init__()
-        self.recipe = recipe
+    x: Tensor
+    size: Tensor | None = None
+    policy: Tensor | None = None
+    decisions: tuple[Tensor, ...] = ()
+
+
+TokenLoss = Callable[[Tokens, Tokens | None], Tensor]
+"""What a token method adds to the training loss: the model's tokens behind its last norm, and those
+of the teacher if there is one -> []."""
+
+
+class TokenReducer(nn.Module, abc.ABC):
+    """Reduces the tokens at one place of a model, to the same number in every image."""
+
+    starts_untrained: ClassVar[bool] = False
+    """Whether its parameters mean nothing before they are trained."""
 
     @abc.abstractmethod
     def tokens_after(self, tokens: int) -> int:
-        """Return how many tokens leave when `tokens` enter (prefix included), for every image."""
+        """Return how many tokens leave when `tokens` enter (prefix included)."""
 
     @abc.abstractmethod
-    def macs(self, tokens: int, heads: int, qk_dim: int, dim: int) -> int:
+    def macs(self, tokens: int) -> int:
         """Return the multiply-adds per image that the reduction itself costs."""
 
+
+class FrontReducer(TokenReducer):
+    """Stands in front of a block."""
+
     @abc.abstractmethod
-    def forward(self, x: Tensor, query: Tensor, key: Tensor, scale: float) -> Tensor:
+    def forward(self, tokens: Tokens) -> Tokens:
+        """Reduce the tokens that enter the block."""
+
+
+class MiddleReducer(TokenReducer):
+    """Stands between the attention and the MLP of a block."""
+
+    @abc.abstractmethod
+    def forward(self, tokens: Tokens, attended: Attended, scale: float) -> Tokens:
         """Reduce.
 
         Args:
-            x: [B, N, D], the residual stream after this block's attention.
-            query: [B, H, N, K] of this block's attention.
-            key: [B, H, N, K] of this block's attention.
+            tokens: The tokens after this block's attention, its residual addition included.
+            attended: What this block's attention computed.
             scale: Softmax scale of this block's attention.
-
-        Returns:
-            [B, M, D], M = `tokens_after(N)`.
         """
 
 
-class KeepPatches(TokenReducer):
+class KeepPatches(MiddleReducer):
     """Keeps the tokens at fixed positions, the same of every image.
 
     Attributes:
@@ -59,9 +86,9 @@ class KeepPatches(TokenReducer):
 
     index: Tensor
 
-    def __init__(self, recipe: dict[str, Any], prefix_tokens: int, patches: int) -> None:
+    def __init__(self, prefix_tokens: int, patches: int) -> None:
         """Keep the prefix tokens and the first `patches` patches until `keep` says which."""
-        super().__init__(recipe)
+        super().__init__()
         self.prefix_tokens = prefix_tokens
         self.register_buffer("index", torch.arange(prefix_tokens + patches))
 
@@ -74,13 +101,13 @@ class KeepPatches(TokenReducer):
         """Return the number of positions."""
         return self.index.numel()
 
-    def macs(self, tokens: int, heads: int, qk_dim: int, dim: int) -> int:
+    def macs(self, tokens: int) -> int:
         """Return 0: nothing is computed."""
         return 0
 
-    def forward(self, x: Tensor, query: Tensor, key: Tensor, scale: float) -> Tensor:
+    def forward(self, tokens: Tokens, attended: Attended, scale: float) -> Tokens:
         """Take the tokens at the positions."""
-        return x[:, self.index]
+        return tokens._replace(x=tokens.x[:, self.index])
 
 
 def patches_kept(patches: int, share: float) -> int:
@@ -106,3 +133,22 @@ def split_by_score(scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
 def take_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Return the tokens of `x` [B, N, D] at `index` [B, M], as [B, M, D]."""
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def weighted_pool(x: Tensor, weight: Tensor, kind: str) -> Tensor:
+    """Pool tokens that count differently, as timm pools tokens that all count alike.
+
+    Args:
+        x: [B, N, D].
+        weight: [B, N], how often each token counts; 0 for tokens that are gone.
+        kind: timm's `global_pool`: "avg", "max" or "avgmax".
+
+    Returns:
+        [B, D].
+    """
+    weight = weight.to(x.dtype).unsqueeze(-1)
+    mean = (weight * x).sum(dim=1) / weight.sum(dim=1)
+    if kind == "avg":
+        return mean
+    most = x.masked_fill(weight == 0.0, float("-inf")).amax(dim=1)
+    return most if kind == "max" else 0.5 * (most + mean)

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from pruners.masks import apply_masks
 from pruners.pruner import Batches
+from pruners.tokens import TokenReducer, Tokens
 from pruners.vit import PrunableViT
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -40,6 +42,9 @@ class Recipe:
         distill: Share of the distillation term in the loss; 0 needs no teacher.
         temperature: Temperature of the distillation term.
         precision: "auto" takes bfloat16 autocast where the hardware computes it natively.
+        selector_lr: Peak learning rate of what a plan added and nobody has trained yet: the modules
+            that select tokens.
+        selector_alone: Share of the steps in which only these train, if there are any.
     """
 
     epochs: int = 3
@@ -51,6 +56,8 @@ class Recipe:
     distill: float = 0.5
     temperature: float = 1.0
     precision: Precision = "auto"
+    selector_lr: float = 1e-3
+    selector_alone: float = 0.15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +82,8 @@ class FineTuner:
     """Trains a model epoch by epoch; zeros stay zero.
 
     The loss is (1 - distill) * CE + distill * T^2 * KL(teacher || student), the divergence summed
-    over classes and averaged over the batch (Hinton et al., 2015, arXiv:1503.02531).
+    over classes and averaged over the batch (Hinton et al., 2015, arXiv:1503.02531), plus the
+    model's own `aux_loss`.
     """
 
     def __init__(
@@ -98,16 +106,15 @@ class FineTuner:
         self.device = next(vit.parameters()).device
         self.autocast = autocast_dtype(recipe.precision, self.device)
         vit.use_fused_attention(fused=self.device.type == "cuda")
-        matrices = [p for p in vit.parameters() if p.requires_grad and p.ndim > 1]
-        vectors = [p for p in vit.parameters() if p.requires_grad and p.ndim <= 1]
-        groups = [
-            {"params": matrices, "weight_decay": recipe.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=recipe.lr)
         total = max(1, recipe.epochs * steps_per_epoch)
+        self.optimizer = torch.optim.AdamW(_groups(vit, recipe))
+        alone = recipe.selector_alone if len(self.optimizer.param_groups) > 2 else 0.0
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: schedule_factor(step, total, recipe.warmup)
+            self.optimizer,
+            [
+                partial(schedule_factor, total=total, warmup=recipe.warmup, frozen=frozen)
+                for frozen in (alone, alone, 0.0, 0.0)[: len(self.optimizer.param_groups)]
+            ],
         )
 
     def train_epoch(self, batches: Batches) -> float:
@@ -143,9 +150,11 @@ class FineTuner:
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            logits = self.vit(images).float()
-            targets = self._teach(images)
-        loss = self._loss(logits, labels, targets)
+            tokens = self.vit.tokens(images)
+            logits = self.vit.classify(tokens).float()
+            taught, targets = self._teach(images)
+            aux = self.vit.aux_loss(tokens, taught).float()
+        loss = self._loss(logits, labels, targets) + aux
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.vit.parameters(), self.recipe.clip)
@@ -153,11 +162,12 @@ class FineTuner:
         self.schedule.step()
         return loss.detach()
 
-    def _teach(self, images: Tensor) -> Tensor | None:
+    def _teach(self, images: Tensor) -> tuple[Tokens | None, Tensor | None]:
         if self.teacher is None or self.recipe.distill == 0.0:
-            return None
+            return None, None
         with torch.no_grad():
-            return self.teacher(images).float()
+            taught = self.teacher.tokens(images)
+            return taught, self.teacher.classify(taught).float()
 
     def _loss(self, logits: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
         recipe = self.recipe
@@ -182,13 +192,33 @@ def distillation(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
     return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
-def schedule_factor(step: int, total: int, warmup: float) -> float:
-    """Learning rate of step 0, 1, ... as a share of its peak: warm-up, then a cosine to 0.01."""
+def schedule_factor(step: int, total: int, warmup: float, frozen: float = 0.0) -> float:
+    """Learning rate of step 0, 1, ... as a share of its peak: warm-up, then a cosine to 0.01.
+
+    In the first `frozen` share of all steps it is 0.
+    """
+    if step < int(frozen * total):
+        return 0.0
     rise = int(warmup * total)
     if step < rise:
         return (step + 1) / rise
     progress = min(1.0, (step - rise) / max(1, total - rise))
     return 0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def _groups(vit: PrunableViT, recipe: Recipe) -> list[dict[str, Any]]:
+    """Return the optimiser's groups: matrices and vectors, then those of untrained selectors."""
+    selectors = [m for m in vit.modules() if isinstance(m, TokenReducer) and m.starts_untrained]
+    untrained = {id(p) for selector in selectors for p in selector.parameters()}
+    groups = []
+    for lr, new in ((recipe.lr, False), (recipe.selector_lr, True))[: 1 + bool(untrained)]:
+        members = [p for p in vit.parameters() if p.requires_grad and (id(p) in untrained) == new]
+        matrices, vectors = [p for p in members if p.ndim > 1], [p for p in members if p.ndim <= 1]
+        groups += [
+            {"params": matrices, "lr": lr, "weight_decay": recipe.weight_decay},
+            {"params": vectors, "lr": lr, "weight_decay": 0.0},
+        ]
+    return groups
 
 
 def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pruners.attention import Attention
 from pruners.shape import BlockShape, ViTShape
-from pruners.tokens import TokenReducer
+from pruners.tokens import FrontReducer, MiddleReducer, TokenLoss, Tokens, weighted_pool
 
 
 class Block(nn.Module):
@@ -24,7 +24,8 @@ class Block(nn.Module):
     Attributes:
         attn: The attention branch, or None where it was removed.
         mlp: The MLP branch, or None where it was removed.
-        reducer: Reduces the tokens between the two branches, or None.
+        front: Reduces the tokens in front of the block, or None.
+        middle: Reduces the tokens between the two branches, or None.
         attn_rows: The residual channels that the attention branch writes to, [D'], or None for all.
         mlp_rows: The same of the MLP branch.
     """
@@ -35,11 +36,12 @@ class Block(nn.Module):
     def __init__(self, block: TimmBlock) -> None:
         """Take over the layers of a timm block."""
         super().__init__()
+        self.front: FrontReducer | None = None
         self.norm1: nn.Module | None = block.norm1
         self.attn: Attention | None = Attention(block.attn)
         self.ls1: nn.Module | None = block.ls1
         self.drop_path1: nn.Module = block.drop_path1
-        self.reducer: TokenReducer | None = None
+        self.middle: MiddleReducer | None = None
         self.norm2: nn.Module | None = block.norm2
         self.mlp: Mlp | None = block.mlp
         self.ls2: nn.Module | None = block.ls2
@@ -47,16 +49,20 @@ class Block(nn.Module):
         self.register_buffer("attn_rows", None)
         self.register_buffer("mlp_rows", None)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the block. `x` is [B, N, D]; the result is [B, M, D] with M <= N."""
+    def forward(self, tokens: Tokens) -> Tokens:
+        """Run the block; fewer tokens may leave than enter."""
+        if self.front is not None:
+            tokens = self.front(tokens)
         if self.attn is not None and self.norm1 is not None and self.ls1 is not None:
-            attended = self.attn(self.norm1(x))
-            x = _add(x, self.drop_path1(self.ls1(attended.output)), self.attn_rows)
-            if self.reducer is not None:
-                x = self.reducer(x, attended.query, attended.key, self.attn.scale)
+            attended = self.attn(self.norm1(tokens.x), tokens.size, tokens.policy)
+            branch = self.drop_path1(self.ls1(attended.output))
+            tokens = tokens._replace(x=_add(tokens.x, branch, self.attn_rows))
+            if self.middle is not None:
+                tokens = self.middle(tokens, attended, self.attn.scale)
         if self.mlp is not None and self.norm2 is not None and self.ls2 is not None:
-            x = _add(x, self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), self.mlp_rows)
-        return x
+            branch = self.drop_path2(self.ls2(self.mlp(self.norm2(tokens.x))))
+            tokens = tokens._replace(x=_add(tokens.x, branch, self.mlp_rows))
+        return tokens
 
 
 class PrunableViT(nn.Module):
@@ -70,6 +76,9 @@ class PrunableViT(nn.Module):
         vit: The timm model; its parameter names are timm's.
         masks: Linear layer -> bool tensor of the weight's shape, True where the weight is kept.
             Layers without a mask are dense.
+        token_step: `{"method", "options", "thresholds"}` of the step that reduces the tokens, JSON
+            values from which a saved model builds its reducers again; None without one.
+        token_loss: What that step adds to the training loss; None for nothing.
         arch: `{"name": timm name or None, "args": constructor arguments}`, or None if unknown;
             needed to save.
         mean: Mean per input channel the images are normalised by, if known.
@@ -94,6 +103,8 @@ class PrunableViT(nn.Module):
         vit.blocks = nn.Sequential(*(Block(block) for block in vit.blocks))
         self.vit = vit
         self.masks: dict[str, Tensor] = {}
+        self.token_step: dict[str, Any] | None = None
+        self.token_loss: TokenLoss | None = None
         self.arch = dict(arch) if arch is not None else None
         self.mean = mean
         self.std = std
@@ -153,10 +164,35 @@ class PrunableViT(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [B, classes] of normalised images [B, channels, height, width]."""
-        x = self.embed(images)
+        return self.classify(self.tokens(images))
+
+    def tokens(self, images: Tensor) -> Tokens:
+        """Return the tokens behind the last norm, from which `classify` makes logits."""
+        tokens = Tokens(self.embed(images))
         for block in self.blocks:
-            x = block(x)  # [B, N, D], N may shrink
-        return self.vit.forward_head(self.vit.norm(x))
+            tokens = block(tokens)
+        return tokens._replace(x=self.vit.norm(tokens.x))
+
+    def classify(self, tokens: Tokens) -> Tensor:
+        """Return logits [B, classes] of tokens behind the last norm, each pooled as it counts."""
+        vit = self.vit
+        weight = tokens.size if tokens.policy is None else tokens.policy
+        if weight is None or vit.global_pool == "token":
+            return vit.forward_head(tokens.x)
+        start = 0 if vit.pool_include_prefix else vit.num_prefix_tokens
+        pooled = weighted_pool(tokens.x[:, start:], weight[:, start:], vit.global_pool)
+        return vit.head(vit.head_drop(vit.fc_norm(pooled)))
+
+    def aux_loss(self, tokens: Tokens, taught: Tokens | None = None) -> Tensor:
+        """Return what the token step adds to the training loss, []; 0 without one.
+
+        Args:
+            tokens: What `tokens` returned of a batch, in training mode.
+            taught: What the teacher's `tokens` returned of the same batch, if there is a teacher.
+        """
+        if self.token_loss is None:
+            return tokens.x.new_zeros(())
+        return self.token_loss(tokens, taught)
 
     def embed(self, images: Tensor) -> Tensor:
         """Return the tokens [B, N, D] that enter the first block."""
@@ -225,11 +261,15 @@ def _add(x: Tensor, branch: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def _block_shape(block: Block, tokens: int) -> BlockShape:
-    after, macs = tokens, 0
-    attn, reducer = block.attn, block.reducer
-    if attn is not None and reducer is not None:
-        after = reducer.tokens_after(tokens)
-        macs = reducer.macs(tokens, attn.heads, attn.qk_dim, attn.qkv.in_features)
+    macs = params = 0
+    attn = block.attn
+    if block.front is not None:
+        macs, params = block.front.macs(tokens), _numel(block.front)
+        tokens = block.front.tokens_after(tokens)
+    after = tokens
+    if attn is not None and block.middle is not None:
+        macs, params = macs + block.middle.macs(tokens), params + _numel(block.middle)
+        after = block.middle.tokens_after(tokens)
     return BlockShape(
         tokens=tokens,
         mlp_tokens=after,
@@ -240,6 +280,7 @@ def _block_shape(block: Block, tokens: int) -> BlockShape:
         attn_out=attn.proj.out_features if attn is not None else 0,
         mlp_out=block.mlp.fc2.out_features if block.mlp is not None else 0,
         reducer_macs=macs,
+        reducer_params=params,
     )
 
 

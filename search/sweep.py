@@ -137,6 +137,8 @@ class FineTuneSpec(_Part):
     temperature: Positive = 1.0
     augment: bool = True  # random crops and flips
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    selector_lr: Positive = 1e-3  # of token selectors, which start untrained
+    selector_alone: Share = 0.15  # share of the steps in which only these train, if there are any
 
 
 class Resources(_Part):

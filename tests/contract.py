@@ -119,7 +119,10 @@ def survives_saving(pruner: Pruner, vit: PrunableViT, batches: Batches, path) ->
 
 def gradients_flow_after_the_cut(pruner: Pruner, vit: PrunableViT, batches: Batches) -> None:
     Plan(steps=(Step(pruner=pruner, thresholds=some_thresholds(pruner, vit)),)).apply(vit, batches)
-    vit(images_for(vit)).square().sum().backward()
+    tokens = vit.train().tokens(images_for(vit))
+    (vit.classify(tokens).square().sum() + vit.aux_loss(tokens)).backward()
     for name, parameter in vit.named_parameters():
+        if not parameter.requires_grad:  # what a method holds fixed
+            continue
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name

@@ -5,18 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from pruners.attention import attention_rows
-from pruners.pruner import Batches, Scores
+from pruners.attention import Attended, attention_rows
+from pruners.pruner import Thresholds
 from pruners.shape import ViTShape
-from pruners.token_pruner import BetweenBranches
-from pruners.tokens import TokenReducer, patches_kept, split_by_score, take_tokens
-from pruners.vit import PrunableViT
+from pruners.token_pruner import TokenPruner, token_shares
+from pruners.tokens import (
+    MiddleReducer,
+    TokenReducer,
+    Tokens,
+    patches_kept,
+    split_by_score,
+    take_tokens,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EViT(BetweenBranches):
+class EViT(TokenPruner):
     """Keeps the patches that the class token of this block attends to, averaged over heads.
 
     The kept patches number ceil((1 - share) * patches); the others are fused into one token, their
@@ -30,57 +35,46 @@ class EViT(BetweenBranches):
 
     fuse: bool = True
 
-    def score(self, vit: PrunableViT, batches: Batches) -> Scores:
-        """Return nothing: tokens are scored image by image while the model runs."""
-        return {}
-
-    def reducer(self, shape: ViTShape, share: float) -> EViTReducer:
-        """Return the module for one block."""
-        recipe = {"method": self.name, "options": self.options(), "share": share}
-        return EViTReducer(
-            recipe, shape.prefix_tokens, share, class_token=shape.class_token, fuse=self.fuse
-        )
+    def reducers(self, shape: ViTShape, thresholds: Thresholds) -> dict[int, TokenReducer]:
+        """Return a reducer behind the attention of each block that is cut."""
+        return {
+            index: EViTReducer(shape, index, share, fuse=self.fuse)
+            for index, share in token_shares(thresholds).items()
+        }
 
 
-class EViTReducer(TokenReducer):
+class EViTReducer(MiddleReducer):
     """Reorganises the tokens of one block."""
 
-    def __init__(
-        self,
-        recipe: dict[str, object],
-        prefix_tokens: int,
-        share: float,
-        *,
-        class_token: bool,
-        fuse: bool,
-    ) -> None:
-        """Set the share of patches to drop; the first `prefix_tokens` tokens are always kept."""
-        super().__init__(recipe)
-        self.prefix_tokens = prefix_tokens
-        self.share = share
-        self.class_token = class_token
-        self.fuse = fuse
+    def __init__(self, shape: ViTShape, index: int, share: float, *, fuse: bool) -> None:
+        """Drop a share of the patches of block `index`; the prefix tokens are always kept."""
+        super().__init__()
+        self.prefix_tokens, self.class_token = shape.prefix_tokens, shape.class_token
+        self.share, self.fuse = share, fuse
+        self.query_width = shape.blocks[index].heads * shape.blocks[index].qk_dim
+        self.dim = shape.dim
 
     def tokens_after(self, tokens: int) -> int:
         """Prefix, kept patches, and one fused token if any patch was dropped."""
         kept, dropped = self._split(tokens)
         return self.prefix_tokens + kept + (self.fuse and dropped > 0)
 
-    def macs(self, tokens: int, heads: int, qk_dim: int, dim: int) -> int:
+    def macs(self, tokens: int) -> int:
         """Count the scoring queries' attention and the weighted sum of the dropped tokens."""
         _, dropped = self._split(tokens)
         if dropped == 0:
             return 0
         queries = 1 if self.class_token else tokens
-        return queries * tokens * heads * qk_dim + self.fuse * dropped * dim
+        return queries * tokens * self.query_width + self.fuse * dropped * self.dim
 
-    def forward(self, x: Tensor, query: Tensor, key: Tensor, scale: float) -> Tensor:
-        """Keep the most attended patches; see `TokenReducer.forward`."""
+    def forward(self, tokens: Tokens, attended: Attended, scale: float) -> Tokens:
+        """Keep the most attended patches."""
+        x = tokens.x
         kept, dropped = self._split(x.shape[1])
         if dropped == 0:
-            return x
-        queries = query[:, :, :1] if self.class_token else query
-        attentiveness = attention_rows(queries, key, scale).mean(dim=1)[
+            return tokens
+        queries = attended.query[:, :, :1] if self.class_token else attended.query
+        attentiveness = attention_rows(queries, attended.key, scale).mean(dim=1)[
             :, self.prefix_tokens :
         ]  # [B, patches]
         keep, drop = split_by_score(attentiveness, kept)
@@ -89,7 +83,7 @@ class EViTReducer(TokenReducer):
         if self.fuse:
             weights = attentiveness.gather(1, drop).to(x.dtype).unsqueeze(1)  # [B, 1, dropped]
             parts.append(weights @ take_tokens(body, drop))
-        return torch.cat(parts, dim=1)
+        return tokens._replace(x=torch.cat(parts, dim=1))
 
     def _split(self, tokens: int) -> tuple[int, int]:
         """How many patches are kept and dropped.

@@ -29,6 +29,7 @@ from pruners.learned import Learned, LearnedPruner, model_tensors
 from pruners.pruner import Scores, Thresholds
 from pruners.shape import ViTShape
 from pruners.sites import kind_of, ragged_site
+from pruners.token_pruner import put_reducers
 from pruners.tokens import KeepPatches
 from pruners.training import autocast_dtype
 from pruners.vit import PrunableViT
@@ -115,19 +116,22 @@ class ViTSlim(LearnedPruner):
             ranking = scores[token_site(index)].cpu().masked_fill(kept, float("inf"))
             kept = torch.zeros_like(kept).index_fill(0, ranking.topk(counts[index]).indices, True)
             chosen[index] = kept
+        self.place(vit, thresholds)
         before = torch.ones(shape.patches, dtype=torch.bool)
         for index in sorted(chosen):
-            positions = chosen[index][before].nonzero().flatten()
-            reducer = self.reducer(shape, 1.0 - counts[index] / shape.patches)
-            reducer.keep(positions)
-            vit.blocks[index].reducer = reducer.to(next(vit.parameters()).device)
+            reducer = vit.blocks[index].middle
+            assert isinstance(reducer, KeepPatches)
+            reducer.keep(chosen[index][before].nonzero().flatten())
             before = chosen[index]
 
-    def reducer(self, shape: ViTShape, share: float) -> KeepPatches:
-        """Return a reducer that keeps all but `share` of an image's patches: the first ones."""
-        kept = shape.patches - round(share * shape.patches)
-        recipe = {"method": self.name, "options": self.options(), "share": share}
-        return KeepPatches(recipe, shape.prefix_tokens, kept)
+    def place(self, vit: PrunableViT, thresholds: Thresholds) -> None:
+        """Put reducers that keep the right number of patches, the first ones, into the blocks."""
+        shape = vit.shape()
+        reducers = {
+            index: KeepPatches(shape.prefix_tokens, count)
+            for index, count in patches_kept(shape, thresholds).items()
+        }
+        put_reducers(vit, self, reducers, thresholds)
 
     def allocate(self, shape: ViTShape, scores: Scores, macs: float) -> Thresholds:
         """Keep the same share of the masks of every kind, the largest that meets the budget.

@@ -35,6 +35,7 @@ from pruners.learned import Learned, LearnedPruner, model_tensors
 from pruners.pruner import Batches, Scores, Thresholds
 from pruners.shape import ViTShape
 from pruners.sites import kind_of
+from pruners.tokens import Tokens
 from pruners.training import autocast_dtype, schedule_factor
 from pruners.vit import PrunableViT
 
@@ -274,12 +275,12 @@ class WDPruningLearner(Learner):
     def logits(self, images: Tensor) -> dict[int, Tensor]:
         """Return number of blocks -> logits [B, classes] of its exit, or of the model itself."""
         vit, found = self.vit.vit, {}
-        x = self.vit.embed(images)
+        tokens = Tokens(self.vit.embed(images))
         for count, block in enumerate(self.vit.blocks, start=1):
-            x = block(x)  # [B, N, D]
+            tokens = block(tokens)
             if str(count) in self.exits:
-                found[count] = self.exits[str(count)](x, vit)
-        return found | {len(self.vit.blocks): vit.forward_head(vit.norm(x))}
+                found[count] = self.exits[str(count)](tokens.x, vit)
+        return found | {len(self.vit.blocks): vit.forward_head(vit.norm(tokens.x))}
 
     @torch.no_grad()
     def top1(self, batches: Batches) -> dict[int, float]:

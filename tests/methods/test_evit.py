@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from pruners import Plan, PrunableViT, Step, cost_of, load_method
+from pruners.tokens import Tokens
 from tests.conftest import images_for
+
+SITE = "blocks.0.token"
 
 
 def attention_probabilities(vit: PrunableViT, index: int, x: torch.Tensor) -> torch.Tensor:
@@ -32,10 +35,9 @@ def tokens_between_branches(
 
 def reduce(vit: PrunableViT, share: float, images: torch.Tensor, **options) -> torch.Tensor:
     block = vit.blocks[0]
-    reducer = load_method("evit", **options).reducer(vit.shape(), share)
+    (reducer,) = load_method("evit", **options).reducers(vit.shape(), {SITE: share}).values()
     x, after = tokens_between_branches(vit, images)
-    attended = block.attn(block.norm1(x))
-    return reducer(after, attended.query, attended.key, block.attn.scale)
+    return reducer(Tokens(after), block.attn(block.norm1(x)), block.attn.scale).x
 
 
 @pytest.mark.parametrize("registers", [0, 2])

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pruners import cost_of, load_method
 from pruners.gates import LearningData, run
 from pruners.surgery import keep_heads, remove_attention, remove_mlp
+from pruners.tokens import Tokens
 from pruners.training import distillation
 from pruners.vit import Block
 from tests.conftest import images_for
@@ -358,7 +359,7 @@ def test_a_gate_mixes_the_whole_block_with_the_identity(tiny, batches) -> None:
     _, learner = fresh(tiny(), batches)
     block, x = learner.blocks[1], torch.randn(2, 7, 24)
     block.gate = torch.tensor(0.3)
-    torch.testing.assert_close(block(x), 0.3 * block.block(x) + 0.7 * x)
+    torch.testing.assert_close(block(x), 0.3 * block.block(Tokens(x)).x + 0.7 * x)
     learner.prepare(gating=True, masked=False)
     mix = torch.stack([b.gate for b in learner.blocks])
     assert ((mix > 0.0) & (mix < 1.0)).all()

@@ -186,7 +186,7 @@ def test_patches_leave_for_good(shares: list[float], headless: bool) -> None:
     # What a block passes on is never less than its own share wants.
     for index, count in patches_kept(predicted, thresholds).items():
         assert count >= 16 - int(shares[index] * 16 + 0.5)
-        assert 0 in vit.blocks[index].reducer.index  # the class token
+        assert 0 in vit.blocks[index].middle.index  # the class token
 
 
 @pytest.mark.parametrize("variant", ["vit", "registers", "layer_scale"])
@@ -201,7 +201,7 @@ def test_leaving_equals_a_mask_on_the_keys_and_a_plain_gate_does_not(variant: st
     method.cut(vit, scores, thresholds)
     kept, here = {}, torch.arange(shape.blocks[0].tokens)
     for index in (0, 1):
-        here = here[vit.blocks[index].reducer.index]
+        here = here[vit.blocks[index].middle.index]
         kept[index + 1] = torch.zeros(shape.blocks[0].tokens, dtype=torch.bool)
         kept[index + 1][here] = True
 

@@ -65,12 +65,12 @@ def test_an_unknown_architecture_cannot_be_saved(tmp_path) -> None:
     ("damage", "message"),
     [
         (lambda d: d.pop("shape"), "lacks 'shape'"),
-        (lambda d: d.update(format=9), "not of format 1"),
+        (lambda d: d.update(format=9), "not of format 2"),
         (lambda d: d["shape"]["blocks"][1].update(hidden=95), r"blocks\.1\.mlp.*needs"),
         (lambda d: d["shape"]["blocks"][1].update(hidden=97), r"blocks\.1.*96.* at most"),
         (lambda d: d["shape"]["nonzero"].update({"blocks.1.mlp.fc1": 3}), "its shape says 3"),
         (
-            lambda d: d["reducers"]["1"].update(method="magnitude", options={}),
+            lambda d: d["token_step"].update(method="magnitude", options={}),
             "give a token method",
         ),
         (lambda d: d["arch"]["args"].update(depth=4), "3 blocks; the architecture has 4"),
