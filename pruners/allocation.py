@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ def rank_globally(
     step_scores: dict[str, Tensor],
     shrink: Callable[[dict[str, float]], ViTShape],
     macs: float,
+    floors: Mapping[str, int] | None = None,
 ) -> dict[str, float]:
     """Cut, over all sites together, what scores lowest per effective MAC that its removal saves.
 
@@ -25,6 +26,7 @@ def rank_globally(
             one always stays.
         shrink: Thresholds -> shape after the cut.
         macs: Effective MACs to reach.
+        floors: Site -> number of units that stay at least; 1 where a site is absent.
 
     Returns:
         Site -> share. The cut is the smallest of the ranking that meets the budget.
@@ -36,10 +38,11 @@ def rank_globally(
     per_mac: dict[str, Tensor] = {}
     for site, scores in step_scores.items():
         units = scores.numel()
-        if units > 1:
+        removable = units - max(1, (floors or {}).get(site, 1))
+        if removable > 0:
             probe = max(1, units // 8)  # a unit alone may round to nothing in a rounding shrink
             saved = (base - cost_of(shrink({site: probe / units})).effective_macs) / probe
-            per_mac[site] = scores[:-1].double().contiguous() / max(saved, 1e-12)
+            per_mac[site] = scores[:removable].double().contiguous() / max(saved, 1e-12)
     if not per_mac:
         raise ValueError("nothing is left to cut; give a larger budget")
     return _lowest(per_mac, {s: v.numel() for s, v in step_scores.items()}, shrink, macs)

@@ -2,8 +2,8 @@
 
 timm's `Attention` has one head width for q, k and v and derives the softmax scale from it, so it
 cannot express a pruned attention: cutting q/k dims would change the temperature. This module keeps
-timm's parameter names and takes over timm's own layers. Its tokens may count differently: those that
-stand for several patches (`size`), and those that were dropped but are still there (`policy`).
+timm's parameter names and takes over timm's own layers. Its tokens may count differently: those
+that stand for several patches (`size`), and those that were dropped but are still there (`policy`).
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Keep decisions while a token selector is trained: how they are drawn, and the losses that steer
-them.
+"""Keep decisions while a token selector is trained: how they are drawn, what steers them.
 
 Y. Rao et al. (2021), "DynamicViT", arXiv:2106.02034; Z. Kong et al. (2022), "SPViT",
 arXiv:2112.13890. In training nothing is removed: attention does not see what a policy drops
