@@ -140,3 +140,10 @@ def put_reducers(
             "options": pruner.options(),
             "thresholds": {f"blocks.{i}.token": s for i, s in token_shares(thresholds).items()},
         }
+
+
+def remove_reducers(vit: PrunableViT) -> None:
+    """Take the reducers out of a model: all its tokens flow again."""
+    for block in vit.blocks:
+        block.front = block.middle = None
+    vit.token_step = vit.token_loss = None

@@ -126,7 +126,7 @@ def split_by_score(scores: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     Returns:
         Indices [B, kept] and [B, N - kept].
     """
-    order = torch.argsort(scores, dim=1, descending=True, stable=True)
+    order = scores.topk(scores.shape[1], dim=1).indices  # ONNX has no stable sort
     return order[:, :kept], order[:, kept:]
 
 

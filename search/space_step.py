@@ -9,7 +9,6 @@ from pruners import Pruner, load_method
 from pruners.learned import LearnedPruner
 from pruners.pruner import Scores
 from pruners.sites import kind_of
-from pruners.weight_pruner import WeightPruner
 from search.sweep import StepSpec, SweepError
 
 Parameters = dict[str, float | bool | str]
@@ -99,9 +98,9 @@ def space_step(label: str, spec: StepSpec, epochs: int) -> SpaceStep:
             f"max_share of step {label} is 1; "
             "give less than 1, only unit methods can remove a whole site"
         )
-    if isinstance(pruner, WeightPruner) and pruner.ramp_epochs > epochs:
+    if (ramp := pruner.options().get("ramp_epochs", 0)) > epochs:
         raise SweepError(
-            f"ramp_epochs of step {label} is {pruner.ramp_epochs}; "
+            f"ramp_epochs of step {label} is {ramp}; "
             f"give at most the sweep's epochs, {epochs}"
         )
     learns = isinstance(pruner, LearnedPruner)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from pruners.attention import Attended, attention_rows
-from pruners.pruner import Thresholds
+from pruners.pruner import Batches, Thresholds
 from pruners.shape import ViTShape
-from pruners.token_pruner import TokenPruner, token_shares
+from pruners.token_pruner import TokenPruner, remove_reducers, token_shares
 from pruners.tokens import (
     MiddleReducer,
     TokenReducer,
@@ -18,6 +19,7 @@ from pruners.tokens import (
     split_by_score,
     take_tokens,
 )
+from pruners.vit import PrunableViT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +33,31 @@ class EViT(TokenPruner):
 
     Attributes:
         fuse: Whether the dropped patches are fused into one token; otherwise they are gone.
+        ramp_epochs: Epochs of fine-tuning over which the kept share falls from 1 to its target, as
+            a cosine; 0 drops at once.
     """
 
     fuse: bool = True
+    ramp_epochs: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.ramp_epochs < 0:
+            raise ValueError(
+                f"option ramp_epochs of {self.name} is {self.ramp_epochs}; give at least 0"
+            )
+
+    def ramped(self, thresholds: Thresholds, epoch: int) -> Thresholds:
+        """Return share * (1 - cos(pi * epoch / ramp_epochs)) / 2, the whole share after the ramp."""
+        progress = min(1.0, epoch / self.ramp_epochs) if self.ramp_epochs else 1.0
+        reached = 0.5 * (1.0 - math.cos(math.pi * progress))
+        return {site: share * reached for site, share in thresholds.items()}
+
+    def prune(self, vit: PrunableViT, batches: Batches, thresholds: Thresholds) -> None:
+        """Cut in place, further than an earlier epoch of the ramp did."""
+        if vit.token_step is not None and vit.token_step["method"] == self.name:
+            remove_reducers(vit)
+        super().prune(vit, batches, thresholds)
 
     def reducers(self, shape: ViTShape, thresholds: Thresholds) -> dict[int, TokenReducer]:
         """Return a reducer behind the attention of each block that is cut."""

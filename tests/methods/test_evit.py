@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pruners import Plan, PrunableViT, Step, cost_of, load_method
+from pruners.methods.evit import EViTReducer
 from pruners.tokens import Tokens
 from tests.conftest import images_for
 
@@ -144,3 +145,35 @@ def test_dropping_a_single_patch_for_a_fused_one_is_not_done(tiny) -> None:
     assert cost_of(shape) == cost_of(vit.shape())
     gone = load_method("evit", fuse=False).shrink(vit.shape(), {"blocks.0.token": 0.2})
     assert gone.blocks[0].mlp_tokens == 6
+
+
+def test_the_ramp_starts_at_everything_and_ends_at_its_share(tiny) -> None:
+    evit, thresholds = load_method("evit", ramp_epochs=4), {SITE: 0.4}
+    shares = [evit.ramped(thresholds, epoch)[SITE] for epoch in range(7)]
+    for epoch, share in enumerate(shares):  # the kept share as the paper writes it
+        kappa = 0.6 + 0.4 * (1 + math.cos(math.pi * min(1, epoch / 4))) / 2
+        assert 1 - share == pytest.approx(kappa)
+    assert shares[0] == 0.0
+    assert shares[4:] == [0.4] * 3
+    vit = tiny(img_size=(48, 32))
+    plan = Plan(steps=(Step(pruner=evit, thresholds=thresholds),))
+    plan.apply(vit)
+    tokens = [vit.shape().blocks[0].mlp_tokens]
+    for epoch in range(1, 6):
+        plan.ramp(vit, (), epoch)
+        tokens.append(vit.shape().blocks[0].mlp_tokens)
+    assert tokens[0] == 25
+    assert tokens == sorted(tokens, reverse=True)
+    assert vit.shape() == plan.shape(tiny(img_size=(48, 32)).shape())
+    with pytest.raises(ValueError, match="option ramp_epochs of evit is -1; give at least 0"):
+        load_method("evit", ramp_epochs=-1)
+
+
+def test_keeping_everything_equals_the_dense_model(tiny) -> None:
+    vit = tiny(img_size=(48, 32))
+    images = images_for(vit)
+    expected = vit(images)
+    for block in range(3):
+        reducer = EViTReducer(vit.shape(), block, 0.0, fuse=True)
+        vit.blocks[block].middle = reducer
+    assert torch.equal(vit(images), expected)
