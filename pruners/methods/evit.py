@@ -48,7 +48,7 @@ class EViT(TokenPruner):
             )
 
     def ramped(self, thresholds: Thresholds, epoch: int) -> Thresholds:
-        """Return share * (1 - cos(pi * epoch / ramp_epochs)) / 2, the whole share after the ramp."""
+        """Return share * (1 - cos(pi * epoch / ramp_epochs)) / 2, and the share after the ramp."""
         progress = min(1.0, epoch / self.ramp_epochs) if self.ramp_epochs else 1.0
         reached = 0.5 * (1.0 - math.cos(math.pi * progress))
         return {site: share * reached for site, share in thresholds.items()}

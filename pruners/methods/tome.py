@@ -88,11 +88,10 @@ class MergeSimilar(MiddleReducer):
         x, prefix = tokens.x, self.prefix_tokens
         size = x.new_ones(x.shape[:2]) if tokens.size is None else tokens.size
         pairs = match(attended.key.mean(dim=1)[:, prefix:], self.merged, first=prefix % 2)
-        merged_size = pairs.add(size[:, prefix:].unsqueeze(-1))
-        merged = pairs.add(x[:, prefix:] * size[:, prefix:].unsqueeze(-1)) / merged_size
+        merged, sizes = pairs.merge(x[:, prefix:], size[:, prefix:])
         return tokens._replace(
-            x=torch.cat([x[:, :prefix], merged], dim=1),
-            size=torch.cat([size[:, :prefix], merged_size.squeeze(-1)], dim=1),
+            x=torch.cat([x[:, :prefix], *merged], dim=1),
+            size=torch.cat([size[:, :prefix], *sizes], dim=1),
         )
 
 
@@ -114,13 +113,26 @@ class Pairs:
     gone: Tensor
     partner: Tensor
 
-    def add(self, x: Tensor) -> Tensor:
-        """Add what is merged: [B, N, D] -> [B, N - M, D], A's patches first."""
+    def merge(self, x: Tensor, size: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Return tokens and sizes of what stayed alone, [B, |A| - M, ...], and of B, [B, |B|, ...].
+
+        A merged token is (sum of size * x) / (sum of sizes); only what is merged is touched.
+
+        Args:
+            x: [B, N, D].
+            size: [B, N].
+        """
         a, b = x[:, self.first :: 2], x[:, 1 - self.first :: 2]
+        size_a, size_b = size[:, self.first :: 2], size[:, 1 - self.first :: 2]
+        size_gone = size_a.gather(1, self.gone)
+        total = size_b.scatter_add(1, self.partner, size_gone)
+        shares = (size_gone / total.gather(1, self.partner)).unsqueeze(-1)
         into = self.partner.unsqueeze(-1).expand(-1, -1, x.shape[-1])
-        return torch.cat(
-            [take_tokens(a, self.alone), b.scatter_add(1, into, take_tokens(a, self.gone))], dim=1
+        merged = (b * (size_b / total).unsqueeze(-1)).scatter_add(
+            1, into, take_tokens(a, self.gone) * shares
         )
+        alone = take_tokens(a, self.alone), size_a.gather(1, self.alone)
+        return (alone[0], merged), (alone[1], total)
 
 
 @torch.no_grad()
