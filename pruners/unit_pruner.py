@@ -124,7 +124,7 @@ class UnitPruner(Pruner, abc.ABC):
 
     def allocate(self, shape: ViTShape, scores: Scores, macs: float) -> Thresholds:
         """Rank all units of all sites together, by score per MAC."""
-        steps = {site: _removal_scores(scores[site]) for site in self.sites(shape)}
+        steps = {site: slice_scores(scores[site]) for site in self.sites(shape)}
         return rank_globally(shape, steps, lambda shares: self.shrink(shape, shares), macs)
 
     def cut(self, vit: PrunableViT, scores: Scores, thresholds: Thresholds) -> None:
@@ -163,6 +163,21 @@ def check_scores(pruner: Pruner, shape: ViTShape, scores: Scores, thresholds: Th
                 f"{pruner.name} has scores of {scores[site].shape[-1]} units at {site}, which has "
                 f"{units}; give scores of this network"
             )
+
+
+def slice_scores(scores: Tensor) -> Tensor:
+    """Return the scores of removing the weakest unit, the second weakest, ... of a site.
+
+    Of dims one goes in every head: the weakest of each, then the second weakest of each.
+
+    Args:
+        scores: [F] of heads, neurons or channels, or [H, K] of dims.
+
+    Returns:
+        [F] or [K], ascending.
+    """
+    ordered = scores.sort(dim=-1).values
+    return ordered if ordered.dim() == 1 else ordered.sum(dim=0)
 
 
 def highest(scores: Tensor, kept: int) -> Tensor:
@@ -287,9 +302,3 @@ def _cut_mlp(block: Block, shape: BlockShape, scores: Scores, name: str) -> None
         keep_neurons(block.mlp, highest(scores[f"{name}.neuron"], shape.hidden))
     if shape.mlp_out < block.mlp.fc2.out_features:
         keep_mlp_writes(block, highest(scores[f"{name}.mlp_out"], shape.mlp_out))
-
-
-def _removal_scores(scores: Tensor) -> Tensor:
-    """Score of removing a first, second, ... unit, [n] ascending; of dims, one in every head."""
-    ordered = scores.sort(dim=-1).values
-    return ordered if ordered.dim() == 1 else ordered.sum(dim=0)

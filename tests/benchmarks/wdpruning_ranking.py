@@ -16,10 +16,10 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import torch
-from learned_units import BATCH, SAMPLE, SPEC  # beside this file
 from torch import Tensor
+from tuning import BATCH, SAMPLE, SPEC, dense_model
 
-from pruners import PrunableViT, cost_of, load_method
+from pruners import cost_of, load_method
 from pruners.gates import LearningData
 from pruners.methods.wdpruning import WDPruning
 from pruners.sites import kind_of
@@ -41,8 +41,7 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
 def measure(name: str) -> str:
     torch.set_num_threads(1)
     train, val = (open_images(str(SAMPLE / f"{s}.parquet"), SPEC) for s in ("train", "val"))
-    dense = PrunableViT.from_safetensors(SAMPLE / "vit_cifar10.safetensors").eval()
-    dense.use_fused_attention(False)
+    dense = dense_model()
     method, shape = CASES[name], dense.shape()
     data = LearningData(
         train=lambda epoch: train.batches(BATCH, seed=epoch, augment=True),
