@@ -43,7 +43,8 @@ class SelectorPruner(TokenPruner, abc.ABC):
 
     def __post_init__(self) -> None:
         """Check the options."""
-        if any(block < 1 for block in self.blocks) or len(set(self.blocks)) < len(self.blocks):
+        wrong = any(type(block) is not int or block < 1 for block in self.blocks)
+        if wrong or len(set(self.blocks)) < len(self.blocks):
             raise ValueError(
                 f"option blocks of {self.name} is {list(self.blocks)}; "
                 "give different numbers of blocks, 1 or more"

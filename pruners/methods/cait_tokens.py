@@ -52,8 +52,8 @@ class CaitTokens(TokenPruner):
             )
 
     def sites(self, shape: ViTShape) -> dict[str, int]:
-        """Return a site in front of each block but the first, and the number of patches."""
-        return {f"blocks.{i}.token": shape.patches for i in range(1, len(shape.blocks))}
+        """Return a site in front of each block, and the number of patches."""
+        return {f"blocks.{i}.token": shape.patches for i in range(len(shape.blocks))}
 
     def reducers(self, shape: ViTShape, thresholds: Thresholds) -> dict[int, TokenReducer]:
         """Return block -> module that merges in front of it."""
@@ -73,7 +73,7 @@ class CaitTokens(TokenPruner):
         return reducers
 
     def allocate(self, shape: ViTShape, scores: Scores, macs: float) -> Thresholds:
-        """Halve the grid in as few places as meet the budget, two at least, as late as possible."""
+        """Halve the grid between blocks, in as few places as will do, as late as they can be."""
         blocks = range(1, len(shape.blocks))
         least = shape
         for count in range(2, len(blocks) + 1):
