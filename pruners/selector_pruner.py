@@ -7,8 +7,10 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from pruners.allocation import same_share
+from pruners.cost import cost_of
 from pruners.policy import PolicyLoss
-from pruners.pruner import Thresholds
+from pruners.pruner import Scores, Thresholds
 from pruners.shape import ViTShape
 from pruners.token_pruner import TokenPruner, quarters, token_shares
 from pruners.vit import PrunableViT
@@ -68,6 +70,14 @@ class SelectorPruner(TokenPruner, abc.ABC):
             )
         places = sorted(self.blocks) or [block for block in quarters(shape) if block > 0]
         return {f"blocks.{block}.token": shape.patches for block in places}
+
+    def allocate(self, shape: ViTShape, scores: Scores, macs: float) -> Thresholds:
+        """Give all sites the same share, as the papers do."""
+        sites = list(self.sites(shape))
+        # Small shares cost more than the dense model, for the selectors themselves cost something.
+        if cost_of(shape).effective_macs <= macs:
+            return dict.fromkeys(sites, 0.0)
+        return same_share(sites, lambda shares: self.shrink(shape, shares), macs, largest=0.99)
 
     def counts(self, shape: ViTShape, thresholds: Thresholds) -> dict[int, int]:
         """Return block -> patches that its selector keeps, where it drops enough to be there."""
