@@ -44,7 +44,8 @@ class Recipe:
         precision: "auto" takes bfloat16 autocast where the hardware computes it natively.
         selector_lr: Peak learning rate of what a plan added and nobody has trained yet: the modules
             that select tokens.
-        selector_alone: Share of the steps in which only these train, if there are any.
+        selector_alone: Share of the steps in which only these train, if there are any. The papers
+            of DynamicViT and SPViT take 1/6, with `lr` at 1/100 of `selector_lr`.
     """
 
     epochs: int = 3
@@ -57,7 +58,7 @@ class Recipe:
     temperature: float = 1.0
     precision: Precision = "auto"
     selector_lr: float = 1e-3
-    selector_alone: float = 0.15
+    selector_alone: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

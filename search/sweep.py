@@ -138,7 +138,7 @@ class FineTuneSpec(_Part):
     augment: bool = True  # random crops and flips
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     selector_lr: Positive = 1e-3  # of token selectors, which start untrained
-    selector_alone: Share = 0.15  # share of the steps in which only these train, if there are any
+    selector_alone: Share = 0.0  # share of the steps in which only these train, if there are any
 
 
 class Resources(_Part):
