@@ -147,11 +147,13 @@ def weighted_pool(x: Tensor, weight: Tensor, kind: str) -> Tensor:
         kind: timm's `global_pool`: "avg", "max" or "avgmax".
 
     Returns:
-        [B, D].
+        [B, D]; zeros for an image in which nothing counts.
     """
     weight = weight.to(x.dtype).unsqueeze(-1)
-    mean = (weight * x).sum(dim=1) / weight.sum(dim=1)
+    counted = weight.sum(dim=1)
+    mean = (weight * x).sum(dim=1) / torch.where(counted > 0.0, counted, 1.0)
     if kind == "avg":
         return mean
     most = x.masked_fill(weight == 0.0, float("-inf")).amax(dim=1)
+    most = most.masked_fill(counted == 0.0, 0.0)
     return most if kind == "max" else 0.5 * (most + mean)

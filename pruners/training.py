@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -46,6 +46,9 @@ class Recipe:
             that select tokens.
         selector_alone: Share of the steps in which only these train, if there are any. The papers
             of DynamicViT and SPViT take 1/6, with `lr` at 1/100 of `selector_lr`.
+        selector_settle: Share of the steps, the last ones, in which these are fixed and really
+            remove tokens. Before, decisions are drawn at random, and as long as scores are close
+            together a model sees other tokens in training than afterwards.
     """
 
     epochs: int = 3
@@ -59,6 +62,7 @@ class Recipe:
     precision: Precision = "auto"
     selector_lr: float = 1e-3
     selector_alone: float = 0.0
+    selector_settle: float = 0.33
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +112,12 @@ class FineTuner:
         self.autocast = autocast_dtype(recipe.precision, self.device)
         vit.use_fused_attention(fused=self.device.type == "cuda")
         total = max(1, recipe.epochs * steps_per_epoch)
-        self.optimizer = torch.optim.AdamW(_groups(vit, recipe))
-        alone = recipe.selector_alone if len(self.optimizer.param_groups) > 2 else 0.0
+        self.selectors = [
+            m for m in vit.modules() if isinstance(m, TokenReducer) and m.starts_untrained
+        ]
+        self.settles_at = round((1.0 - recipe.selector_settle) * total)
+        self.optimizer = torch.optim.AdamW(_groups(vit, self.selectors, recipe))
+        alone = recipe.selector_alone if self.selectors else 0.0
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer,
             [
@@ -150,6 +158,9 @@ class FineTuner:
         self.schedule.load_state_dict(state["schedule"])
 
     def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+        if self.schedule.last_epoch >= self.settles_at:
+            for selector in self.selectors:
+                selector.eval()
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             tokens = self.vit.tokens(images)
             logits = self.vit.classify(tokens).float()
@@ -207,9 +218,10 @@ def schedule_factor(step: int, total: int, warmup: float, frozen: float = 0.0) -
     return 0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def _groups(vit: PrunableViT, recipe: Recipe) -> list[dict[str, Any]]:
+def _groups(
+    vit: PrunableViT, selectors: Sequence[TokenReducer], recipe: Recipe
+) -> list[dict[str, Any]]:
     """Return the optimiser's groups: matrices and vectors, then those of untrained selectors."""
-    selectors = [m for m in vit.modules() if isinstance(m, TokenReducer) and m.starts_untrained]
     untrained = {id(p) for selector in selectors for p in selector.parameters()}
     groups = []
     for lr, new in ((recipe.lr, False), (recipe.selector_lr, True))[: 1 + bool(untrained)]:

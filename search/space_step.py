@@ -100,8 +100,7 @@ def space_step(label: str, spec: StepSpec, epochs: int) -> SpaceStep:
         )
     if (ramp := pruner.options().get("ramp_epochs", 0)) > epochs:
         raise SweepError(
-            f"ramp_epochs of step {label} is {ramp}; "
-            f"give at most the sweep's epochs, {epochs}"
+            f"ramp_epochs of step {label} is {ramp}; give at most the sweep's epochs, {epochs}"
         )
     learns = isinstance(pruner, LearnedPruner)
     if spec.space == "residual" and not learns:

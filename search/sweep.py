@@ -139,6 +139,7 @@ class FineTuneSpec(_Part):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     selector_lr: Positive = 1e-3  # of token selectors, which start untrained
     selector_alone: Share = 0.0  # share of the steps in which only these train, if there are any
+    selector_settle: Share = 0.33  # share of the steps, at the end, in which these stay as they are
 
 
 class Resources(_Part):

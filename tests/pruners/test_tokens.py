@@ -35,3 +35,15 @@ def test_weights_pool_as_if_tokens_were_repeated_or_gone(kind: str) -> None:
     repeated = torch.cat([x[:, [0]], *[x[:, [1]]] * 3, *[x[:, [3]]] * 2], dim=1)
     expected = global_pool_nlc(repeated, kind, num_prefix_tokens=0)
     torch.testing.assert_close(weighted_pool(x, weight, kind), expected)
+
+
+@pytest.mark.parametrize("kind", ["avg", "max", "avgmax"])
+def test_an_image_in_which_nothing_counts_pools_to_zeros(kind: str) -> None:
+    x = torch.randn(2, 4, 3, requires_grad=True)
+    weight = torch.tensor([[0.0] * 4, [1.0] * 4]).requires_grad_(True)
+    pooled = weighted_pool(x, weight, kind)
+    pooled.sum().backward()
+    assert torch.equal(pooled[0], torch.zeros(3))
+    assert (pooled[1] != 0).all()
+    assert torch.isfinite(x.grad).all()
+    assert torch.isfinite(weight.grad).all()
