@@ -102,13 +102,13 @@ def in_batches(images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]
     return zip(images.split(250), labels.split(250), strict=True)
 
 
-def tune(vit: PrunableViT, dense: PrunableViT, seed: int, tuning: Tuning) -> Tuned:
+def tune(vit: PrunableViT, dense: PrunableViT, seed: int, tuning: Tuning, **recipe: float) -> Tuned:
     """Fine-tune a cut model, on the same images for all methods of a seed."""
     train, (val, test) = tuning.training_images(), tuning.evaluation_images()
     vit.use_fused_attention(False)
     untuned = evaluate(vit, in_batches(*val)).top1
     torch.manual_seed(seed)
-    tuner = FineTuner(vit, Recipe(epochs=tuning.epochs), tuning.steps, dense)
+    tuner = FineTuner(vit, Recipe(epochs=tuning.epochs, **recipe), tuning.steps, dense)
     for e in range(tuning.epochs):
         tuner.train_epoch(tuning.epoch(train, 7_000 + 100 * seed + e))
     vit.eval()

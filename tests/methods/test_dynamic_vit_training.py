@@ -72,6 +72,28 @@ def test_backbone_waits_for_the_selectors(tiny, batches) -> None:
             assert not torch.equal(parameter, before[name]), name
 
 
+def test_selectors_settle_and_the_model_sees_what_they_keep(tiny, batches) -> None:
+    vit = cut(tiny(depth=4), {"blocks.1.token": 0.3, "blocks.2.token": 0.5})
+    recipe = Recipe(epochs=3, selector_settle=1 / 3, distill=0, precision="float32")
+    tuner = FineTuner(vit, recipe, steps_per_epoch=len(batches))
+    seen: list[int] = []
+    hook = vit.blocks[3].mlp.register_forward_hook(lambda m, i, o: seen.append(i[0].shape[1]))
+    for epoch in range(3):
+        selectors, backbone = selector_parameters(vit), backbone_parameters(vit)
+        tuner.train_epoch(batches)
+        settled = epoch == 2
+        for name, parameter in selector_parameters(vit).items():
+            assert torch.equal(parameter, selectors[name]) == settled, name
+        moved = [not torch.equal(p, backbone[n]) for n, p in backbone_parameters(vit).items()]
+        assert any(moved)
+        full, left = 7, vit.shape().blocks[3].tokens
+        assert set(seen) == {left if settled else full}
+        seen.clear()
+    hook.remove()
+    vit.train()  # a new run draws again
+    assert vit.tokens(images_for(vit)).decisions
+
+
 def test_the_teachers_dropped_patches_and_prefix_do_not_matter(tiny) -> None:
     vit = cut(tiny(img_size=(48, 32), depth=4), THREE)
     images = images_for(vit)

@@ -38,7 +38,7 @@ def marked_images(count: int, seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:
 def test_selectors_learn_to_keep_what_matters(tiny) -> None:
     vit = tiny(img_size=(32, 32), num_classes=3)
     load_method("spvit").cut(vit, {}, {"blocks.1.token": 0.7})  # 4 of 16 patches go on
-    recipe = Recipe(epochs=4, lr=2e-3, selector_lr=1e-2, distill=0.0)
+    recipe = Recipe(epochs=6, lr=2e-3, selector_lr=1e-2, distill=0.0)
     batches = marked_images(60, seed=1)
     tuner = FineTuner(vit, recipe, len(batches))
     for _ in range(recipe.epochs):

@@ -46,4 +46,4 @@ def test_an_image_in_which_nothing_counts_pools_to_zeros(kind: str) -> None:
     assert torch.equal(pooled[0], torch.zeros(3))
     assert (pooled[1] != 0).all()
     assert torch.isfinite(x.grad).all()
-    assert torch.isfinite(weight.grad).all()
+    assert kind == "max" or torch.isfinite(weight.grad).all()  # a maximum has none
