@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pruners import Plan, PrunableViT, Step, cost_of, load_method
+from pruners.gates import LearningData
 from pruners.methods.cait_tokens import MergeNeighbours, feature_map
 from pruners.tokens import Tokens
 from tests.conftest import VARIANTS, images_for
@@ -210,3 +211,29 @@ def test_a_plan_with_merging_survives_saving(tiny, tmp_path) -> None:
     again, images = PrunableViT.load(tmp_path).eval(), images_for(vit)
     assert torch.equal(again(images), vit(images))
     assert again.shape() == vit.shape()
+
+
+def test_cait_is_two_steps_of_one_plan(tiny, batches, tmp_path) -> None:
+    vit = tiny(**LARGE)
+    batches = [(torch.randn(6, 3, 48, 32), labels) for _, labels in batches]
+    channels = load_method("cait_channels", epochs=1, budget=0.8, least_dims=2)
+    learned = channels.learn(vit, LearningData.of(batches))
+    dense = cost_of(vit.shape()).macs
+    own = channels.allocate(vit.shape(), learned.scores, 0.8 * dense)
+    tokens = load_method("cait_tokens")
+    left = channels.shrink(vit.shape(), own)
+    plan = Plan(
+        steps=(
+            Step(pruner=channels, thresholds=own),
+            Step(pruner=tokens, thresholds=tokens.allocate(left, {}, 0.5 * dense)),
+        )
+    )
+    predicted = plan.shape(vit.shape())
+    plan.apply(vit, batches, learned)
+    assert vit.shape() == predicted
+    assert 0.4 * dense < cost_of(predicted).macs <= 0.5 * dense
+    assert predicted.blocks[1].hidden < 96
+    assert predicted.blocks[-1].tokens < 25
+    vit.save(tmp_path)
+    images = images_for(vit)
+    assert torch.equal(PrunableViT.load(tmp_path).eval()(images), vit.eval()(images))
