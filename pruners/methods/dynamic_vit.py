@@ -121,7 +121,7 @@ class Predictor(FrontReducer):
         return self.gather(tokens, scores[..., 0])
 
     def log_probabilities(self, patches: Tensor, kept: Tensor) -> Tensor:
-        """Return log-probabilities of keeping (0) and dropping (1), [B, N, 2]; eq. 1 to 5.
+        """Return log-probabilities of keeping (0) and dropping (1), [B, N, 2]; section 3.2.
 
         Args:
             patches: [B, N, D].
