@@ -105,9 +105,9 @@ class Attention(nn.Module):
 def softmax_with_policy(logits: Tensor, policy: Tensor) -> Tensor:
     """Return the softmax over the tokens that a policy keeps, with a gradient for those it drops.
 
-    Y. Rao et al. (2021), arXiv:2106.02034, section 3.3. The policy multiplies behind the exponential: a
-    boolean or infinite mask, or the logarithm of a policy of 0, would pass no gradient to it. Rows
-    of dropped tokens stay well defined, since every token sees itself.
+    Y. Rao et al. (2021), arXiv:2106.02034, section 3.3. The policy multiplies behind the
+    exponential: a boolean or infinite mask, or the logarithm of a policy of 0, would pass no
+    gradient to it. Rows of dropped tokens stay well defined, since every token sees itself.
 
     Args:
         logits: [B, H, N, N].

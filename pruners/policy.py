@@ -36,8 +36,8 @@ def ratio_loss(
     Args:
         decisions: [B, N] of each selector.
         targets: Share of all patches that each is to keep.
-        per_image: Whether every image is to keep that share (DynamicViT, section 3.4), or the batch on
-            the whole (SPViT).
+        per_image: Whether every image is to keep that share (DynamicViT, section 3.4), or the
+            batch on the whole (SPViT).
     """
     kept = torch.stack(decisions).float().mean(dim=-1)  # [S, B]
     wanted = kept.new_tensor(targets)
