@@ -175,3 +175,30 @@ def test_every_weight_method_runs_as_a_step(method: str, sweep_file: Path) -> No
     last = run(trial(searcher.suggest("t1"), inputs))[-1]
     assert last["status"] == "finished"
     assert last["density"] < 1.0
+
+
+@pytest.mark.parametrize("method", ["tome", "dynamic_vit", "spvit", "cait_tokens"])
+def test_every_token_method_runs_as_a_step_and_resumes(
+    method: str, sweep_file: Path, tmp_path: Path
+) -> None:
+    steps = f'steps=[{{method="grouped"}}, {{method="{method}"}}, {{method="magnitude"}}]'
+    sweep = load_sweep(sweep_file, [steps, "epochs=3"])
+    inputs = TrialInputs(sweep=sweep, dense=check(sweep)[0])
+    searcher = PlanSearcher(sweep, check(sweep)[1])
+    searcher.suggest("t0")
+    config = searcher.suggest("t1")
+    straight = trial(config, inputs)
+    expected = run(straight)
+    assert expected[-1]["status"] == "finished"
+    assert json.loads(expected[-1]["shape"])["blocks"][2]["mlp_tokens"] < 25
+    ratio = expected[-1]["effective_gmacs"] / check(sweep)[1].dense_cost * 1e9
+    assert ratio == pytest.approx(config["cost_ratio"])
+    killed = trial(config, inputs)
+    for _ in range(2):
+        killed.step()
+    killed.save_checkpoint(str(tmp_path / "checkpoint"))
+    resumed = trial(config, inputs)
+    resumed.load_checkpoint(str(tmp_path / "checkpoint"))
+    assert run(resumed)[-1]["train_loss"] == expected[-1]["train_loss"]
+    for ours, theirs in zip(weights(resumed), weights(straight), strict=True):
+        assert torch.equal(ours, theirs)
