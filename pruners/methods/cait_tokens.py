@@ -73,7 +73,10 @@ class CaitTokens(TokenPruner):
         return reducers
 
     def allocate(self, shape: ViTShape, scores: Scores, macs: float) -> Thresholds:
-        """Halve the grid between blocks, in as few places as will do, as late as they can be."""
+        """Halve the grid between blocks in two places, as late as the budget allows.
+
+        Where one place is enough it is one; where two are too few, more stand at the first blocks.
+        """
         blocks = range(1, len(shape.blocks))
         least = shape
         for count in range(2, len(blocks) + 1):
@@ -89,10 +92,12 @@ class CaitTokens(TokenPruner):
 
 
 def _places(blocks: range, count: int) -> Iterator[tuple[int, ...]]:
-    """Yield the ways to choose `count` blocks, where two are wanted also each alone."""
+    """Yield `count` blocks, the last two anywhere, the others first; for two also one alone."""
     if count == 2:
         yield from itertools.combinations(blocks, 1)
-    yield from itertools.combinations(blocks, count)
+    first = tuple(blocks[: count - 2])
+    for pair in itertools.combinations(blocks[count - 2 :], 2):
+        yield (*first, *pair)
 
 
 class MergeNeighbours(FrontReducer):
