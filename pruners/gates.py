@@ -7,10 +7,11 @@ hooked, and `remove_gates` leaves the model as it was.
 from __future__ import annotations
 
 import abc
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -184,16 +185,33 @@ class Learner(nn.Module, abc.ABC):
 
     Attributes:
         vit: The model, a copy that the run may change.
+        teacher: The model as it was, frozen and in eval mode; None without distillation.
         optimizers: By name.
     """
 
-    def __init__(self, vit: PrunableViT) -> None:
-        """Take over a copy of a model."""
+    teacher: PrunableViT | None
+
+    def __init__(self, vit: PrunableViT, *, distils: bool = False) -> None:
+        """Take over a copy of a model, without gates."""
         super().__init__()
         self.vit = vit
+        self.teacher = copy.deepcopy(vit).requires_grad_(False) if distils else None
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
 
-    @abc.abstractmethod
+    def train(self, mode: bool = True) -> Self:
+        """Switch everything but the teacher."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def teach(self, images: Tensor) -> Tensor | None:
+        """Return the teacher's logits [B, classes], if there is a teacher."""
+        if self.teacher is None:
+            return None
+        with torch.no_grad():
+            return self.teacher(images).float()
+
     def begin_epoch(self, epoch: int) -> None:
         """Prepare epoch 0, 1, ...; also called for the first epoch after a resumption."""
 

@@ -25,7 +25,6 @@ head-level and attention-level consistency, so that what is left is fast. Design
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 
@@ -160,7 +159,6 @@ class CaitChannelsLearner(Learner):
     """Weights, importances and masks.
 
     Attributes:
-        teacher: The dense model, frozen and in eval mode; None without distillation.
         sizes: Site -> [H, K], [H, V] or [F], the shape of its scores.
         gates: Site -> the gate that its channels pass.
         importance: [C], the moving average, of the channels of all sites one after the other.
@@ -178,12 +176,11 @@ class CaitChannelsLearner(Learner):
 
     def __init__(self, method: CaitChannels, vit: PrunableViT) -> None:
         """Put gates on the channels of the method's kinds."""
-        super().__init__(vit)
+        super().__init__(vit, distils=method.distill > 0.0)
         self.method, self.shape = method, vit.shape()
         parameter = next(vit.parameters())
         self.device = parameter.device
         self.autocast = autocast_dtype("auto", self.device)
-        self.teacher = copy.deepcopy(vit).requires_grad_(False) if method.distill else None
         adam = torch.optim.AdamW(vit.parameters(), lr=method.lr, weight_decay=0.05)
         self.optimizers = {"weights": adam}
         self.sizes: dict[str, tuple[int, ...]] = {}
@@ -204,16 +201,6 @@ class CaitChannelsLearner(Learner):
     def frozen(self) -> bool:
         """Whether the last decision is made."""
         return int(self.decided) == self.method.decisions
-
-    def train(self, mode: bool = True) -> CaitChannelsLearner:
-        """Switch the student alone."""
-        super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()
-        return self
-
-    def begin_epoch(self, epoch: int) -> None:
-        """Nothing changes with an epoch."""
 
     def step(self, images: Tensor, labels: Tensor, progress: float) -> Tensor:
         """Decide if it is time, then train the weights and average the importances."""
@@ -248,11 +235,10 @@ class CaitChannelsLearner(Learner):
         """Return cross-entropy + distill * KL(teacher || student), means over the batch."""
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             logits = self.vit(images).float()
-            if self.teacher is None:
-                return F.cross_entropy(logits, labels)
-            with torch.no_grad():
-                targets = self.teacher(images).float()
+            targets = self.teach(images)
         loss = F.cross_entropy(logits, labels)
+        if targets is None:
+            return loss
         return loss + self.method.distill * distillation(logits, targets, 1.0)
 
     @torch.no_grad()

@@ -25,7 +25,6 @@ the budget. The paper trains for 30 epochs of ImageNet; so that runs of 60 to 10
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, fields
 
@@ -146,7 +145,6 @@ class UVCLearner(Learner):
     """The primal-dual run.
 
     Attributes:
-        teacher: The dense model, frozen and in eval mode; None without distillation.
         blocks: The blocks, each in its wrapper.
         gates: [L, 2], gt; a block runs while its second logit is not the smaller one.
         price: z, the multiplier of the budget.
@@ -156,11 +154,10 @@ class UVCLearner(Learner):
 
     def __init__(self, method: UVC, vit: PrunableViT, steps: int) -> None:
         """Wrap the blocks. `steps` is the length of the run."""
-        super().__init__(vit)
+        super().__init__(vit, distils=method.distill > 0.0)
         self.method, self.shape, self.steps = method, vit.shape(), max(1, steps)
         self.device = next(vit.parameters()).device
         self.autocast = autocast_dtype("auto", self.device)
-        self.teacher = copy.deepcopy(vit).requires_grad_(False) if method.distill else None
         self._slots, weights = add_gates(vit, "mixed", "neuron"), list(vit.parameters())
         self.blocks = [CompressedBlock(block) for block in vit.blocks]
         vit.vit.blocks = nn.Sequential(*self.blocks)
@@ -186,16 +183,6 @@ class UVCLearner(Learner):
                 [self.gates], lr=method.gate_lr / self.steps, momentum=0.9, weight_decay=1e-4
             ),
         }
-
-    def train(self, mode: bool = True) -> UVCLearner:
-        """Switch the student alone."""
-        super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()
-        return self
-
-    def begin_epoch(self, epoch: int) -> None:
-        """Nothing changes with an epoch."""
 
     def step(self, images: Tensor, labels: Tensor, progress: float) -> Tensor:
         """Train the weights, and as long as the search lasts all else."""
@@ -233,14 +220,12 @@ class UVCLearner(Learner):
         method = self.method
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             logits = self.vit.vit(images).float()
-            if self.teacher is None:
-                return F.cross_entropy(logits, labels)
-            with torch.no_grad():
-                targets = self.teacher(images).float()
+            targets = self.teach(images)
+        loss = F.cross_entropy(logits, labels)
+        if targets is None:
+            return loss
         divergence = distillation(logits, targets, method.temperature)
-        return (1.0 - method.distill) * F.cross_entropy(logits, labels) + (
-            method.distill * divergence
-        )
+        return (1.0 - method.distill) * loss + method.distill * divergence
 
     def opened(self) -> Tensor:
         """Return 0 or 1 for each block, [L]; the slope is that of softmax(gt)."""

@@ -214,9 +214,6 @@ class ViTSlimLearner(Learner):
             "masks": torch.optim.AdamW(masks, lr=method.travel / steps, weight_decay=0.0),
         }
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Nothing changes from epoch to epoch: the rates are constant, as in the paper."""
-
     def step(self, images: Tensor, labels: Tensor, progress: float) -> Tensor:
         """Train weights and masks."""
         self.set_gates()

@@ -190,9 +190,6 @@ class WDPruningLearner(Learner):
             "gates": torch.optim.AdamW(gates, weight_decay=0.0),
         }
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Train everything in every epoch."""
-
     def step(self, images: Tensor, labels: Tensor, progress: float) -> Tensor:
         """Train weights, exits, scores and thresholds; ascend the multipliers."""
         groups = [group for o in self.optimizers.values() for group in o.param_groups]
