@@ -85,9 +85,14 @@ class ViTShape:
     nonzero: Mapping[str, int] = field(default_factory=dict)
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches in one image."""
+        return self.image[0] // self.patch[0], self.image[1] // self.patch[1]
+
+    @property
     def patches(self) -> int:
         """Patches of one image."""
-        return (self.image[0] // self.patch[0]) * (self.image[1] // self.patch[1])
+        return self.grid[0] * self.grid[1]
 
     @property
     def reduced(self) -> bool:

@@ -57,7 +57,7 @@ class CaitTokens(TokenPruner):
 
     def reducers(self, shape: ViTShape, thresholds: Thresholds) -> dict[int, TokenReducer]:
         """Return block -> module that merges in front of it."""
-        grid = [shape.image[0] // shape.patch[0], shape.image[1] // shape.patch[1]]
+        grid = list(shape.grid)
         reducers: dict[int, TokenReducer] = {}
         axis = 1
         for index, share in token_shares(thresholds).items():
@@ -107,6 +107,7 @@ class MergeNeighbours(FrontReducer):
         grid: Rows and columns that arrive.
         axis: 0 merges rows, 1 merges columns.
         firsts: [M], the first row or column of each pair; the second is the next one.
+        passing: [L - 2M], the rows or columns that have no partner.
         order: [L - M], which of [merged pairs, those that pass] comes first, second, ...
         owner: [L], where in the merged grid each row or column is found.
         mix: The linear layer on a pair, 2D -> D, of the merge "linear".
@@ -208,7 +209,7 @@ def feature_map(vit: PrunableViT, images: Tensor) -> Tensor:
     """
     shape = vit.shape()
     merges = [block.front for block in vit.blocks if isinstance(block.front, MergeNeighbours)]
-    grid = [shape.image[0] // shape.patch[0], shape.image[1] // shape.patch[1]]
+    grid = list(shape.grid)
     for merge in merges:
         grid[merge.axis] -= merge.merged
     patches = vit.tokens(images).x[:, shape.prefix_tokens :]

@@ -30,6 +30,7 @@ from pruners.soft_tokens import (
     log_odds,
     package,
 )
+from pruners.token_pruner import remove_reducers
 from pruners.tokens import FrontReducer, TokenReducer, Tokens, split_by_score, take_tokens
 from pruners.training import FineTuner, Recipe, evaluate
 from pruners.vit import PrunableViT
@@ -188,9 +189,7 @@ class Scheduled(NamedTuple):
 def with_selectors(vit: PrunableViT, step: Step) -> PrunableViT:
     """Return a copy that has the selectors of a step instead of its own, trained ones kept."""
     new = copy.deepcopy(vit)
-    for block in new.blocks:
-        block.front = None
-    new.token_step = new.token_loss = None
+    remove_reducers(new)
     step.pruner.cut(new, {}, step.thresholds)
     for block, old in zip(new.blocks, vit.blocks, strict=True):
         if isinstance(block.front, Selector) and isinstance(old.front, Selector):

@@ -14,14 +14,13 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 
 import torch
-from torch import Tensor
+from speed import in_turn
 from tuning import Tuned, Tuning, arguments, cell, dense_model, in_batches, tune, tuning_of
 
 from pruners import Plan, PrunableViT, Step, cost_of, load_method
@@ -122,24 +121,11 @@ def measure(
     return row, learned
 
 
-def speeds(vit: PrunableViT, dense: PrunableViT, rounds: int) -> tuple[float, float]:
-    """Images/s in batches of 64, and how many times the dense model's they are."""
-    images: Tensor = torch.randn(64, 3, 32, 32)
-
-    @torch.inference_mode()
-    def rate(model: PrunableViT) -> float:
-        start = time.perf_counter()
-        model(images)
-        return len(images) / (time.perf_counter() - start)
-
-    pairs = [(rate(vit), rate(dense)) for _ in range(rounds + 3)][3:]
-    return statistics.median(own for own, _ in pairs), statistics.median(a / b for a, b in pairs)
-
-
 def table(rows: list[Row], learned: dict[tuple[str, float], Learned | None], rounds: int) -> None:
     torch.set_num_threads(2)
     dense = dense_model()
     dense.use_fused_attention(True)
+    images = torch.randn(64, 3, 32, 32)
     print("\n| MACs | method | validation | test | before fine-tuning | images/s | of the dense |")
     print("|---|---|---|---|---|---|---|")
     for budget in sorted({row.budget for row in rows}, reverse=True):
@@ -148,7 +134,7 @@ def table(rows: list[Row], learned: dict[tuple[str, float], Learned | None], rou
             if not of:
                 continue
             vit = cut(name, budget, dense, learned[name, budget])
-            rate, ratio = speeds(vit.eval(), dense, rounds)
+            rate, ratio = in_turn(vit.eval(), dense, images, rounds, warmup=3)
             print(
                 f"| {of[0].macs:.3f}x | {name} | {cell([r.tuned.val for r in of])} | "
                 f"{cell([r.tuned.test for r in of])} | {cell([r.tuned.untuned for r in of])} | "

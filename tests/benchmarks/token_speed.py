@@ -16,6 +16,7 @@ import statistics
 import time
 
 import torch
+from speed import in_turn, rate
 
 from pruners import Plan, PrunableViT, Step, cost_of, load_method
 from pruners.tokens import TokenReducer
@@ -28,13 +29,6 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "cait_tokens": ("cait_tokens", {}),
     "cait_tokens, mean": ("cait_tokens", {"merge": "mean"}),
 }
-
-
-@torch.inference_mode()
-def rate(vit: PrunableViT, images: torch.Tensor) -> float:
-    start = time.perf_counter()
-    vit(images)
-    return len(images) / (time.perf_counter() - start)
 
 
 class Stopwatch:
@@ -88,8 +82,7 @@ def main() -> None:
         thresholds = pruner.allocate(vit.shape(), {}, args.budget * macs)
         Plan(steps=(Step(pruner=pruner, thresholds=thresholds),)).apply(vit)
         shape = vit.shape()
-        pairs = [(rate(vit, images), rate(dense, images)) for _ in range(args.rounds + 1)][1:]
-        faster = statistics.median(small / large for small, large in pairs)
+        _, faster = in_turn(vit, dense, images, args.rounds)
         fewer = macs / cost_of(shape).macs
         inside = statistics.median(reducers_share(vit, images) for _ in range(3))
         own = sum(block.reducer_macs for block in shape.blocks) / cost_of(shape).macs

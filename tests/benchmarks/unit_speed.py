@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import statistics
-import time
 
 import torch
+from speed import in_turn
 
 from pruners import PrunableViT, cost_of
 from pruners.methods.uvc import UVC
@@ -42,13 +41,6 @@ def scored(method: UnitPruner, vit: PrunableViT) -> dict[str, torch.Tensor]:
     return scores
 
 
-@torch.inference_mode()
-def rate(vit: PrunableViT, images: torch.Tensor) -> float:
-    start = time.perf_counter()
-    vit(images)
-    return len(images) / (time.perf_counter() - start)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--budget", type=float, default=0.5)
@@ -65,8 +57,7 @@ def main() -> None:
         vit = copy.deepcopy(dense)
         scores = scored(method, vit)
         method.cut(vit, scores, method.allocate(vit.shape(), scores, args.budget * macs))
-        pairs = [(rate(vit, images), rate(dense, images)) for _ in range(args.rounds + 1)][1:]
-        faster = statistics.median(small / large for small, large in pairs)
+        _, faster = in_turn(vit, dense, images, args.rounds)
         run, needed = (
             macs / c for c in (cost_of(vit.shape()).macs, cost_of(vit.shape()).effective_macs)
         )
