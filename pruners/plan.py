@@ -83,11 +83,12 @@ class Plan:
         Args:
             vit: The model.
             batches: Calibration batches, iterated anew by each step that scores.
-            learned: What the first step that cuts has learned of this model; every other step
-                scores the network as it is when it comes.
+            learned: What the first step that cuts knows of this model already: its scores, and
+                weights where it learned them too. Every other step scores the network as it is
+                when it comes.
 
         Raises:
-            ValueError: As `shape` does, or if the first step does not learn.
+            ValueError: As `shape` does.
         """
         self.shape(vit.shape())  # refuses what cannot be, before anything is cut
         for position, step in enumerate(self._active()):
@@ -99,7 +100,7 @@ class Plan:
             elif isinstance(pruner, LearnedPruner):
                 pruner.cut_learned(vit, learned, thresholds)
             else:
-                raise ValueError(f"{pruner.name} learns nothing; give no learned scores")
+                pruner.cut(vit, learned.scores, thresholds)
             if vit.shape() != target:
                 raise AssertionError(f"{step.describe()} made another shape than it predicted")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -20,6 +20,10 @@ from pruners.tokens import TokenReducer, Tokens
 from pruners.vit import PrunableViT
 
 Precision = Literal["auto", "float32", "bfloat16"]
+
+TaughtBatches = Iterable[tuple[Tensor, Tensor, Tensor | None]]
+"""Images and labels as in `Batches`, and the teacher's logits [B, classes], or None to ask it."""
+
 _CHECK_EVERY = 10  # steps; reading the loss waits for the device
 
 
@@ -88,7 +92,7 @@ class FineTuner:
 
     The loss is (1 - distill) * CE + distill * T^2 * KL(teacher || student), the divergence summed
     over classes and averaged over the batch (Hinton et al., 2015, arXiv:1503.02531), plus the
-    model's own `aux_loss`.
+    model's own `aux_loss`. The teacher's logits come with the batches, or from the teacher itself.
     """
 
     def __init__(
@@ -100,13 +104,13 @@ class FineTuner:
     ) -> None:
         """Prepare the optimiser.
 
-        Raises:
-            ValueError: If the recipe distils and there is no teacher.
+        Args:
+            vit: The model.
+            recipe: How it is trained.
+            steps_per_epoch: Batches of an epoch.
+            teacher: The dense model, on the same device; not needed without distillation, or where
+                all batches carry its logits and the model has no `token_loss`.
         """
-        if recipe.distill > 0.0 and teacher is None:
-            raise ValueError(
-                f"distill is {recipe.distill} but there is no teacher; give one, or distill = 0"
-            )
         self.vit, self.recipe, self.teacher = vit, recipe, teacher
         self.device = next(vit.parameters()).device
         self.autocast = autocast_dtype(recipe.precision, self.device)
@@ -127,18 +131,27 @@ class FineTuner:
         )
 
     def train_epoch(self, batches: Batches) -> float:
-        """Train on the batches and return the mean loss.
+        """Train on the batches, asking the teacher if there is one, and return the mean loss.
 
         Raises:
             NonFiniteLossError: If the loss is not finite.
-            ValueError: If there are no batches.
+            ValueError: If there are no batches, or if the recipe distils and there is no teacher.
+        """
+        return self.train_taught((images, labels, None) for images, labels in batches)
+
+    def train_taught(self, batches: TaughtBatches) -> float:
+        """Train on batches that carry the teacher's logits, and return the mean loss.
+
+        Raises:
+            NonFiniteLossError: If the loss is not finite.
+            ValueError: If there are no batches, or if a teacher is needed and there is none.
         """
         self.vit.train()
         layers = dict(self.vit.linears())
         masks = {site: mask.to(self.device) for site, mask in self.vit.masks.items()}
         total, steps = torch.zeros((), device=self.device), 0
-        for images, labels in batches:
-            total += self._step(images.to(self.device), labels.to(self.device))
+        for images, labels, answers in batches:
+            total += self._step(images.to(self.device), labels.to(self.device), answers)
             apply_masks(layers, masks)
             steps += 1
             if steps % _CHECK_EVERY == 0:
@@ -157,14 +170,14 @@ class FineTuner:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
 
-    def _step(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _step(self, images: Tensor, labels: Tensor, answers: Tensor | None) -> Tensor:
         if self.schedule.last_epoch >= self.settles_at:
             for selector in self.selectors:
                 selector.eval()
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             tokens = self.vit.tokens(images)
             logits = self.vit.classify(tokens).float()
-            taught, targets = self._teach(images)
+            taught, targets = self._teach(images, answers)
             aux = self.vit.aux_loss(tokens, taught).float()
         loss = self._loss(logits, labels, targets) + aux
         self.optimizer.zero_grad(set_to_none=True)
@@ -174,9 +187,18 @@ class FineTuner:
         self.schedule.step()
         return loss.detach()
 
-    def _teach(self, images: Tensor) -> tuple[Tokens | None, Tensor | None]:
-        if self.teacher is None or self.recipe.distill == 0.0:
+    def _teach(self, images: Tensor, answers: Tensor | None) -> tuple[Tokens | None, Tensor | None]:
+        """Return the teacher's tokens, where it has to be asked, and its logits [B, classes]."""
+        if self.recipe.distill == 0.0:
             return None, None
+        if answers is not None and self.vit.token_loss is None:
+            return None, answers.to(self.device).float()
+        if self.teacher is None:
+            lacking = "logits" if answers is None else "tokens, which token_loss compares"
+            raise ValueError(
+                f"distill is {self.recipe.distill} but there is no teacher to ask for "
+                f"{lacking}; give one, or distill = 0"
+            )
         with torch.no_grad():
             taught = self.teacher.tokens(images)
             return taught, self.teacher.classify(taught).float()
@@ -280,6 +302,27 @@ def evaluate(vit: PrunableViT, batches: Batches) -> Evaluation:
         images=images_seen,
         images_per_s=images_per_second(timings),
     )
+
+
+@torch.inference_mode()
+def measured_rate(vit: PrunableViT, images: Tensor, repeats: int) -> float:
+    """Return images per second of the forward pass: the median of so many runs, warmed up.
+
+    Args:
+        vit: The model.
+        images: [B, channels, height, width], on the model's device.
+        repeats: Runs that are measured, after one that is not.
+    """
+    was_training = vit.training
+    vit.eval()
+    timings: list[tuple[int, float]] = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        vit(images)
+        _wait(images.device)
+        timings.append((len(images), time.perf_counter() - start))
+    vit.train(was_training)
+    return images_per_second(timings)
 
 
 def images_per_second(timings: list[tuple[int, float]]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -18,6 +19,10 @@ from pruners.vit import PrunableViT
 
 PATTERNS = {"none": (0, 0), "2:4": (2, 4), "4:8": (4, 8)}
 """Name of a pattern -> (weights that stay, of so many consecutive inputs)."""
+
+
+SAMPLE = 1 << 14
+"""Weights of a layer whose scores stand for all of them where layers are ranked together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +88,7 @@ class WeightPruner(Pruner, abc.ABC):
             return rank_globally(shape, {s: self._loss(v) for s, v in scores.items()}, shrink, macs)
         if self.scope == "layer":
             return same_share(list(self.sites(shape)), shrink, macs, largest=0.999)
-        ascending = {site: score.flatten().sort().values for site, score in scores.items()}
+        ascending = {site: _sample(score).sort().values for site, score in scores.items()}
         return rank_globally(shape, ascending, shrink, macs)
 
     def prune(self, vit: PrunableViT, batches: Batches, thresholds: Thresholds) -> None:
@@ -135,3 +140,11 @@ class WeightPruner(Pruner, abc.ABC):
         keep = keep_n_of_m(scores, *PATTERNS[self.pattern])
         lost = scores[~keep].double().sum()
         return torch.stack([lost, lost])
+
+
+def _sample(scores: Tensor) -> Tensor:
+    """Return up to twice `SAMPLE` of a layer's scores [out, in], spread over rows and columns."""
+    stride = max(1, scores.numel() // SAMPLE)
+    while math.gcd(stride, scores.shape[-1]) > 1:
+        stride += 1
+    return scores.flatten()[::stride]

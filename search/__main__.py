@@ -9,11 +9,24 @@ from pathlib import Path
 
 from search.progress import front_table
 from search.results import read_front, read_trials
-from search.sweep import SweepError, SweepFailedError, check_files, load_sweep
+from search.sweep import (
+    SweepError,
+    SweepFailedError,
+    SweepInterruptedError,
+    check_files,
+    load_sweep,
+)
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0, 1 if a sweep failed, or 2 if what was given is wrong."""
+    """Run the command line.
+
+    Returns:
+        0; 1 if a sweep failed, 2 if what was given is wrong, 130 if it was interrupted.
+    """
     args = _parser().parse_args(arguments)
     try:
         args.run(args)
@@ -23,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SweepFailedError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except SweepInterruptedError as error:
+        print(error, file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 

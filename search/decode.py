@@ -93,7 +93,7 @@ def decode_all(
     corrupt: Corrupt,
     pool: ThreadPoolExecutor,
 ) -> Iterator[tuple[Pixels, int]]:
-    """Decode (name, bytes, label) rows in order and skip, counting them, those that are corrupt."""
+    """Decode (name, bytes, number) rows in order and skip, counting them, corrupt ones."""
 
     def attempt(row: tuple[str, bytes | None, int]) -> tuple[Pixels | None, str]:
         try:
@@ -102,8 +102,8 @@ def decode_all(
             return None, str(error)
 
     rows = list(rows)
-    for (name, _, label), (pixels, reason) in zip(rows, pool.map(attempt, rows), strict=True):
+    for (name, _, number), (pixels, reason) in zip(rows, pool.map(attempt, rows), strict=True):
         if pixels is None:
             corrupt.add(name, reason)
         else:
-            yield pixels, label
+            yield pixels, number

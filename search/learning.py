@@ -1,9 +1,13 @@
-"""Methods that learn: once per sweep, as Ray tasks, kept beside the results by what they saw."""
+"""What methods know of the dense model: learned or scored once per sweep, as Ray tasks.
+
+It is kept beside the results by everything that decides it, so other sweeps find it again.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +16,18 @@ import ray
 import torch
 from safetensors.torch import save
 
-from pruners import PrunableViT
+from pruners import PrunableViT, Pruner
 from pruners.gates import LearningData
 from pruners.learned import Learned, LearnedPruner
+from search.own import OwnShares, own_shares
 from search.parquet import Images
 from search.progress import HEARTBEAT_S
 from search.space_step import Rung, SpaceStep
 from search.sweep import Sweep, SweepFailedError
-from search.trial import open_split, trial_device
+from search.trial import calibration_batches, open_split, trial_device
 
 FOLDER = "learned"
-"""Folder of a sweep's storage that holds what methods have learned; all sweeps there share it."""
+"""Folder of a sweep's storage that holds what methods know; all sweeps there share it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +37,10 @@ class LearningRun:
     Attributes:
         label: The step's.
         budget: Share of the dense cost that was learned for; None if the method needs none.
-        path: File of what was learned.
+        path: File of scores and learned weights; empty for a method without either.
         report: Figures of the run; `seconds` is what it took, whenever that was.
         reused: Whether an earlier sweep had learned the same.
+        learns: Whether it was more than scoring.
     """
 
     label: str
@@ -42,12 +48,14 @@ class LearningRun:
     path: str
     report: dict[str, float]
     reused: bool
+    learns: bool
 
     def describe(self) -> str:
         """Say it in one line."""
         what = self.label + (f" for {self.budget:.2f}x" if self.budget is not None else "")
         figures = ", ".join(f"{k} {v:.4g}" for k, v in self.report.items() if k != "seconds")
-        how = "learned before" if self.reused else f"learned in {self.report['seconds']:.0f} s"
+        verb = "learned" if self.learns else "scored"
+        how = f"{verb} before" if self.reused else f"{verb} in {self.report['seconds']:.0f} s"
         return f"{what}: {how}" + (f" ({figures})" if figures else "")
 
 
@@ -58,7 +66,7 @@ def learn_all(
     ended: Callable[[LearningRun], None],
     waiting: Callable[[list[str]], None],
 ) -> dict[str, list[Rung]]:
-    """Let every step that learns do so, side by side as far as the cluster has room.
+    """Let every step learn, or score the dense model, side by side as far as there is room.
 
     Args:
         sweep: The sweep.
@@ -68,7 +76,7 @@ def learn_all(
         waiting: Told now and then whose runs have not.
 
     Returns:
-        Label -> what was learned, for each of the step's budgets.
+        Label -> what is known, for each of the step's budgets.
 
     Raises:
         SweepFailedError: If a run fails.
@@ -78,62 +86,81 @@ def learn_all(
     )
     shared, folder = ray.put(dense), Path(sweep.storage).resolve() / FOLDER
     pending = {
-        learn.remote(sweep, shared, step.label, pruner, folder): (step.label, pruner)
+        learn.remote(sweep, shared, step, pruner, folder): (step.label, pruner)
         for step in steps
-        for pruner in step.learners()
+        for pruner in _methods(step)
     }
     rungs: dict[str, list[Rung]] = {}
     while pending:
         done, _ = ray.wait(list(pending), timeout=HEARTBEAT_S)
         for task in done:
             label, pruner = pending.pop(task)
-            run = _result(task, label)
+            run, own = _result(task, label, pruner)
             ended(run)
-            scores = Learned.load(Path(run.path)).scores
-            rungs.setdefault(label, []).append(Rung(pruner=pruner, scores=scores, path=run.path))
+            rungs.setdefault(label, []).append(Rung(pruner=pruner, own=own, path=run.path))
         if not done:
             waiting(sorted({label for label, _ in pending.values()}))
     return rungs
 
 
-def _result(task: ray.ObjectRef[LearningRun], label: str) -> LearningRun:
+def _methods(step: SpaceStep) -> list[Pruner]:
+    return [*step.learners()] or [step.pruner]
+
+
+def _result(
+    task: ray.ObjectRef[tuple[LearningRun, OwnShares]], label: str, pruner: Pruner
+) -> tuple[LearningRun, OwnShares]:
     try:
         return ray.get(task)
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None) or error
-        raise SweepFailedError(f"{label} could not learn: {cause}") from error
+        verb = "learn" if isinstance(pruner, LearnedPruner) else "score the dense model"
+        raise SweepFailedError(f"{label} could not {verb}: {cause}") from error
 
 
 def learn_once(
-    sweep: Sweep, dense: PrunableViT, label: str, pruner: LearnedPruner, folder: Path
-) -> LearningRun:
-    """Learn, or find what was learned from the same; an interrupted run goes on where it ended."""
+    sweep: Sweep, dense: PrunableViT, step: SpaceStep, pruner: Pruner, folder: Path
+) -> tuple[LearningRun, OwnShares]:
+    """Learn or score, or find what was learned from the same, and ask for own allocations.
+
+    An interrupted run goes on where it ended.
+    """
     torch.set_num_threads(max(1, int(sweep.resources.cpu)))
     device = trial_device(sweep)
-    train, val = (open_split(sweep, dense, split) for split in ("train", "val"))
+    learns = isinstance(pruner, LearnedPruner)
+    train = open_split(sweep, dense, "train")
+    val = open_split(sweep, dense, "val") if learns else train
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{pruner.name}-{identity(sweep, dense, pruner, train, val)[:24]}.safetensors"
     reused = path.exists()
     if reused:
         learned = Learned.load(path)
-    else:
+    elif isinstance(pruner, LearnedPruner):
         state = path.with_suffix(".part")
-        vit = dense.to(device)
-        learned = pruner.learn(vit, learning_data(sweep, train, val, device), state)
+        data = learning_data(sweep, train, val, device)
+        learned = pruner.learn(dense.to(device), data, state)
         learned.save(path)
         state.unlink(missing_ok=True)
-    return LearningRun(
-        label=label,
-        budget=getattr(pruner, "budget", None) if pruner.learns_for_a_budget() else None,
-        path=str(path),
+    else:
+        start = time.perf_counter()
+        batches = list(calibration_batches(sweep, train, device))
+        scores = pruner.score(dense.to(device), batches)
+        learned = Learned(scores=scores, report={"seconds": time.perf_counter() - start})
+        if scores:
+            learned.save(path)
+    for_budget = isinstance(pruner, LearnedPruner) and pruner.learns_for_a_budget()
+    run = LearningRun(
+        label=step.label,
+        budget=getattr(pruner, "budget", None) if for_budget else None,
+        path=str(path) if learned.scores else "",
         report=dict(learned.report),
         reused=reused,
+        learns=learns,
     )
+    return run, own_shares(pruner, dense.shape(), learned.scores, step.max_share)
 
 
-def identity(
-    sweep: Sweep, dense: PrunableViT, pruner: LearnedPruner, train: Images, val: Images
-) -> str:
+def identity(sweep: Sweep, dense: PrunableViT, pruner: Pruner, train: Images, val: Images) -> str:
     """SHA-256 of everything that decides what is learned: method, model, images, their order."""
     tensors = {key: value.cpu().contiguous() for key, value in dense.vit.state_dict().items()}
     decisive = {
@@ -144,6 +171,7 @@ def identity(
         "train": train.digest,
         "val": val.digest,
         "batch_size": sweep.data.batch_size,
+        "calibration": sweep.data.calibration,
         "augment": sweep.finetune.augment,
         "seed": sweep.seed,
     }

@@ -24,11 +24,11 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 
-from search.augment import crop_and_flip
+from search.augment import Epoch, crop_and_flip, draw_views
 from search.decode import Corrupt, ImageSpec, Pixels, decode_all
 from search.shards import Shards, find_shards
 
-LabelArray = NDArray[np.int64]
+Numbers = NDArray[np.int64]
 
 WINDOW = 4096
 """Images that a stream holds to shuffle among."""
@@ -44,7 +44,7 @@ class Images:
         count: Images that can be read (of a stream: rows, corrupt ones included).
         table: The decoded images, mapped into memory, or None for a stream.
         shards: The source.
-        corrupt: Names of the images that could not be read so far.
+        corrupt: Names of the images that could not be read; of a stream, in the latest pass.
     """
 
     spec: ImageSpec
@@ -58,11 +58,17 @@ class Images:
         """Number of images."""
         return self.count
 
+    @property
+    def padding(self) -> int:
+        """Largest shift of an augmented image, in pixels."""
+        return self.spec.size[0] // 8
+
     def batches(
         self,
         batch_size: int,
         *,
         seed: int | None,
+        epoch: int = 0,
         augment: bool,
         device: torch.device | str = "cpu",
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -70,52 +76,85 @@ class Images:
 
         Args:
             batch_size: Images per batch.
-            seed: Decides the order (and the augmentation); None keeps the order of the source. With
-                a seed a last, smaller batch is left out, unless it is the only one.
+            seed: Decides, with the epoch, order and augmentation; None keeps the order of the
+                source. With a seed a last, smaller batch is left out, unless it is the only one.
+            epoch: Number of the pass.
             augment: Crop and flip at random.
             device: Where the tensors are made.
         """
-        generator = torch.Generator().manual_seed(0 if seed is None else seed)
+        order = None if seed is None else Epoch(seed, epoch)
+        views = Epoch(seed or 0, epoch) if augment else None
+        for images, labels, _ in self.numbered(batch_size, order=order, views=views, device=device):
+            yield images, labels
+
+    def numbered(
+        self,
+        batch_size: int,
+        *,
+        order: Epoch | None,
+        views: Epoch | None,
+        device: torch.device | str = "cpu",
+    ) -> Iterator[tuple[Tensor, Tensor, Numbers]]:
+        """Yield what `batches` does, and the images' numbers [B]: their rows in the source.
+
+        Args:
+            batch_size: Images per batch.
+            order: Decides the order, as a seed does in `batches`; None keeps that of the source.
+            views: Decides how each image is cropped and flipped; None leaves it as it is.
+            device: Where the tensors are made.
+        """
         if self.table is None:
-            source = self._stream(batch_size, seed)
+            source = self._stream(batch_size, order)
         else:
-            source = _mapped(self.table, self.spec, batch_size, seed)
+            source = _mapped(self.table, self.spec, batch_size, order)
         mean = torch.tensor(self.spec.mean, device=device).view(-1, 1, 1) * 255.0
         std = torch.tensor(self.spec.std, device=device).view(-1, 1, 1) * 255.0
-        for position, (pixels, labels) in enumerate(source):
-            if seed is not None and len(labels) < batch_size and position > 0:
+        for position, (pixels, labels, numbers) in enumerate(source):
+            if order is not None and len(labels) < batch_size and position > 0:
                 return
             images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)  # [B, C, H, W]
-            if augment:
-                images = crop_and_flip(images, padding=self.spec.size[0] // 8, generator=generator)
-            yield (images.float() - mean) / std, torch.from_numpy(labels).to(device)
+            if views is not None:
+                drawn = draw_views(views, numbers, self.padding)
+                images = crop_and_flip(images, drawn, self.padding)
+            yield (images.float() - mean) / std, torch.from_numpy(labels).to(device), numbers
 
-    def _stream(self, batch_size: int, seed: int | None) -> Iterator[tuple[Pixels, LabelArray]]:
-        order, rng = self.shards.groups(), np.random.default_rng(seed)
-        if seed is not None:
-            rng.shuffle(order)
-        held: list[tuple[Pixels, int]] = []
+    def _stream(
+        self, batch_size: int, order: Epoch | None
+    ) -> Iterator[tuple[Pixels, Numbers, Numbers]]:
+        groups, rng = self.shards.groups(), _generator(order)
+        self.corrupt.names.clear()  # each pass counts them anew
+        if rng is not None:
+            rng.shuffle(groups)
+        held: list[tuple[Pixels, int, int]] = []
         # A generator that is dropped early must not leave threads behind: `with` closes the pool.
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            for rows in self.shards.read_groups(order):
-                held += decode_all(rows, self.spec, self.corrupt, pool)
-                while len(held) >= (WINDOW if seed is not None else 0) + batch_size:
-                    yield _draw(held, batch_size, rng if seed is not None else None)
+            for chunk in self.shards.read_groups(groups):
+                held += [
+                    (pixels, int(chunk.labels[number - chunk.first]), number)
+                    for pixels, number in decode_all(chunk.files, self.spec, self.corrupt, pool)
+                ]
+                while len(held) >= (WINDOW if rng is not None else 0) + batch_size:
+                    yield _draw(held, batch_size, rng)
         while held:
-            yield _draw(held, min(batch_size, len(held)), rng if seed is not None else None)
+            yield _draw(held, min(batch_size, len(held)), rng)
 
 
 def _mapped(
-    table: pa.Table, spec: ImageSpec, batch_size: int, seed: int | None
-) -> Iterator[tuple[Pixels, LabelArray]]:
-    order = np.arange(table.num_rows)
-    if seed is not None:
-        np.random.default_rng(seed).shuffle(order)
-    for start in range(0, len(order), batch_size):
-        rows = table.take(pa.array(order[start : start + batch_size])).combine_chunks()
-        flat = np.frombuffer(rows.column("pixels").chunk(0).buffers()[1], dtype=np.uint8)
-        pixels = flat.reshape(len(rows), *_pixel_shape(spec))
-        yield pixels.copy(), rows.column("label").to_numpy().copy()  # torch wants writable memory
+    table: pa.Table, spec: ImageSpec, batch_size: int, order: Epoch | None
+) -> Iterator[tuple[Pixels, Numbers, Numbers]]:
+    positions, rng = np.arange(table.num_rows), _generator(order)
+    if rng is not None:
+        rng.shuffle(positions)
+    for start in range(0, len(positions), batch_size):
+        part = table.take(pa.array(positions[start : start + batch_size])).combine_chunks()
+        flat = np.frombuffer(part.column("pixels").chunk(0).buffers()[1], dtype=np.uint8)
+        pixels = flat.reshape(len(part), *spec.size, spec.channels)
+        labels, numbers = (part.column(name).to_numpy() for name in ("label", "number"))
+        yield pixels.copy(), labels.copy(), numbers  # torch wants writable memory
+
+
+def _generator(order: Epoch | None) -> np.random.Generator | None:
+    return None if order is None else np.random.default_rng((order.seed, order.number))
 
 
 def open_images(
@@ -155,10 +194,10 @@ def open_images(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{digest}.arrow"
     with FileLock(path.with_suffix(".lock")):  # of the processes of a node, one decodes
-        found = _map(path)
+        found = _map(path, spec)
         if found is None:
             _decode_to(path, shards, spec, Corrupt(limit=max_corrupt, names=[]))
-            found = _map(path)
+            found = _map(path, spec)
     if found is None or found[0].num_rows == 0:
         raise ValueError(f"{source} has no readable images; give at least one")
     table, names = found
@@ -195,18 +234,19 @@ def _digest(shards: Shards, spec: ImageSpec, *, whole: bool) -> str:
 
 def _decode_to(path: Path, shards: Shards, spec: ImageSpec, corrupt: Corrupt) -> None:
     """Decode a split into an Arrow file, and a note beside it that says that the file is whole."""
-    schema = pa.schema([("pixels", pa.binary(_pixel_bytes(spec))), ("label", pa.int64())])
     temporary, written = path.with_name(f".{path.name}.{os.getpid()}"), 0
     try:
         with (
             ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,
             pa.OSFile(str(temporary), "wb") as sink,
-            pa.ipc.new_file(sink, schema) as writer,
+            pa.ipc.new_file(sink, _schema(spec)) as writer,
         ):
-            for rows in shards.read_groups(shards.groups()):
-                batch = _record_batch(list(decode_all(rows, spec, corrupt, pool)), schema)
-                writer.write_batch(batch)
-                written += batch.num_rows
+            for chunk in shards.read_groups(shards.groups()):
+                decoded = list(decode_all(chunk.files, spec, corrupt, pool))
+                numbers = np.array([number for _, number in decoded], dtype=np.int64)
+                labels = chunk.labels[numbers - chunk.first]
+                writer.write_batch(_record_batch([p for p, _ in decoded], labels, numbers, spec))
+                written += len(decoded)
         os.replace(temporary, path)
         temporary.write_text(json.dumps({"rows": written, "corrupt": corrupt.names}))
         os.replace(temporary, path.with_suffix(".json"))
@@ -214,41 +254,45 @@ def _decode_to(path: Path, shards: Shards, spec: ImageSpec, corrupt: Corrupt) ->
         temporary.unlink(missing_ok=True)
 
 
-def _map(path: Path) -> tuple[pa.Table, list[str]] | None:
-    """Map a decoded split into memory; None if there is none, or if it is torn."""
+def _map(path: Path, spec: ImageSpec) -> tuple[pa.Table, list[str]] | None:
+    """Map a decoded split into memory; None if there is none, or if it is torn or of old."""
     try:
         note = json.loads(path.with_suffix(".json").read_text())
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
     except (FileNotFoundError, json.JSONDecodeError, pa.ArrowInvalid):
         return None
-    return (table, note["corrupt"]) if table.num_rows == note["rows"] else None
+    whole = table.num_rows == note["rows"] and table.schema == _schema(spec)
+    return (table, note["corrupt"]) if whole else None
 
 
-def _record_batch(images: list[tuple[Pixels, int]], schema: pa.Schema) -> pa.RecordBatch:
-    kind = schema.field("pixels").type
-    pixels = (
-        np.stack([p for p, _ in images]) if images else np.empty((0, kind.byte_width), np.uint8)
+def _schema(spec: ImageSpec) -> pa.Schema:
+    pixels = pa.binary(_pixel_bytes(spec))
+    return pa.schema([("pixels", pixels), ("label", pa.int64()), ("number", pa.int64())])
+
+
+def _record_batch(
+    images: list[Pixels], labels: Numbers, numbers: Numbers, spec: ImageSpec
+) -> pa.RecordBatch:
+    schema = _schema(spec)
+    pixels = np.stack(images) if images else np.empty((0, _pixel_bytes(spec)), np.uint8)
+    array = pa.Array.from_buffers(
+        schema.field("pixels").type, len(images), [None, pa.py_buffer(pixels.tobytes())]
     )
-    array = pa.Array.from_buffers(kind, len(images), [None, pa.py_buffer(pixels.tobytes())])
-    labels = pa.array([label for _, label in images], pa.int64())
-    return pa.RecordBatch.from_arrays([array, labels], schema=schema)
+    return pa.RecordBatch.from_arrays([array, pa.array(labels), pa.array(numbers)], schema=schema)
 
 
 def _draw(
-    held: list[tuple[Pixels, int]], count: int, rng: np.random.Generator | None
-) -> tuple[Pixels, LabelArray]:
-    """Take `count` images out of `held`: at random, or the first."""
+    held: list[tuple[Pixels, int, int]], count: int, rng: np.random.Generator | None
+) -> tuple[Pixels, Numbers, Numbers]:
+    """Take pixels, labels and numbers of `count` images out of `held`: at random, or the first."""
     if rng is not None:
         for slot in range(count):
             other = int(rng.integers(slot, len(held)))
             held[slot], held[other] = held[other], held[slot]
     drawn = held[:count]
     del held[:count]
-    return np.stack([p for p, _ in drawn]), np.array([label for _, label in drawn], dtype=np.int64)
-
-
-def _pixel_shape(spec: ImageSpec) -> tuple[int, int, int]:
-    return (*spec.size, spec.channels)
+    labels, numbers = np.array([row[1:] for row in drawn], dtype=np.int64).T
+    return np.stack([row[0] for row in drawn]), labels.copy(), numbers
 
 
 def _pixel_bytes(spec: ImageSpec) -> int:

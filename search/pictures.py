@@ -13,10 +13,14 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from search.progress import cost_ratio
-from search.results import Front, TrialRecord
+from search.results import Front, TrialRecord, cost_of_record
 
 FRONT, REST, DENSE = "#d1495b", "#9aa5b1", "#1f2933"
-AXIS = {"effective_gmacs": "effective GMACs (MACs on weights that are not zero)", "gmacs": "GMACs"}
+AXIS = {
+    "effective_gmacs": "effective GMACs (MACs on weights that are not zero)",
+    "gmacs": "GMACs",
+    "latency": "milliseconds per image",
+}
 PANELS = ("heads", "neurons", "tokens", "weights")
 
 
@@ -52,7 +56,7 @@ def front_png(front: Front, records: Sequence[TrialRecord], path: Path) -> None:
     for member in front.members:
         axes.annotate(
             member.trial,
-            (getattr(member, front.cost), member.val_top1),
+            (cost_of_record(member, front.cost), member.val_top1),
             textcoords="offset points",
             xytext=(0, 8),
             ha="center",
@@ -136,7 +140,7 @@ def _dominated(front: Front, records: Sequence[TrialRecord]) -> list[TrialRecord
 
 
 def _xy(front: Front, records: Sequence[TrialRecord]) -> tuple[list[float], list[float]]:
-    return [getattr(r, front.cost) for r in records], [r.val_top1 or 0.0 for r in records]
+    return [cost_of_record(r, front.cost) for r in records], [r.val_top1 or 0.0 for r in records]
 
 
 def _scatter(

@@ -10,7 +10,9 @@ from typing import TextIO
 from rich.console import Console
 from rich.table import Table
 
-from search.results import Front, TrialRecord
+from search.results import Front, TrialRecord, cost_of_record
+
+UNIT = {"effective_gmacs": "effective MACs", "gmacs": "MACs", "latency": "time per image"}
 
 HEARTBEAT_S = 30.0
 """Longest silence while methods learn or trials run, in seconds."""
@@ -49,6 +51,19 @@ class Progress:
     def learned(self, line: str) -> None:
         """Print what came of a learning run."""
         self._say(f"  {line}")
+
+    def tuning_elastic(self) -> None:
+        """Say that the dense model is tuned before the first trial."""
+        self._say("elastic start: tuning the dense model with plans of this sweep")
+
+    def still_tuning_elastic(self) -> None:
+        """Say that the sweep is alive."""
+        self._say(f"  tuning for {duration(self.clock() - self.start)}")
+
+    def stopped(self, why: str) -> None:
+        """Say why no more plans were tried, where that was not their number."""
+        if why and why != f"{self.trials} trials":
+            self._say(f"no more plans: {why}")
 
     def restart_clock(self) -> None:
         """Estimate the time that is left from here on: trials begin."""
@@ -123,7 +138,7 @@ def front_line(front: Front) -> str:
 def front_table(front: Front, stream: TextIO) -> None:
     """Print the front: one row per member, dense model last, and below each row its plan."""
     console = Console(file=stream, width=None if stream.isatty() else 100, highlight=False)
-    unit = "effective MACs" if front.cost == "effective_gmacs" else "MACs"
+    unit = UNIT[front.cost]
     table = Table(
         title=f"Front of top-1 against {unit}", title_justify="left", box=None, pad_edge=False
     )
@@ -131,6 +146,7 @@ def front_table(front: Front, stream: TextIO) -> None:
         "trial",
         "val %",
         "test %",
+        "epochs",
         "GMACs",
         "eff. GMACs",
         "fewer",
@@ -142,7 +158,12 @@ def front_table(front: Front, stream: TextIO) -> None:
     for record in (*front.members, front.dense):
         table.add_row(*_cells(front, record))
     console.print(table)
-    print(f"\n'fewer': how many times fewer {unit} than the dense model. The plans:", file=stream)
+    print(f"\n'fewer': how many times fewer {unit} than the dense model.", file=stream)
+    if any(record.spread is not None for record in front.members):
+        runs = max(record.runs for record in front.members)
+        print(f"'val %': mean of {runs - 1} further seeds ± spread of all {runs};", file=stream)
+        print("~ : the next cheaper model may be as good.", file=stream)
+    print("The plans:", file=stream)
     for record in front.members:
         print(
             textwrap.fill(
@@ -157,7 +178,16 @@ def front_table(front: Front, stream: TextIO) -> None:
 
 def cost_ratio(front: Front, record: TrialRecord) -> float:
     """Cost of a trial as a share of the dense model's."""
-    return getattr(record, front.cost) / getattr(front.dense, front.cost)
+    return cost_of_record(record, front.cost) / cost_of_record(front.dense, front.cost)
+
+
+def top1_text(record: TrialRecord) -> str:
+    """Return validation top-1, with its spread where a plan was trained with several seeds.
+
+    A "~" says that the next cheaper model of the front may be as good.
+    """
+    spread = "" if record.spread is None else f" ± {record.spread:.1f}"
+    return f"{record.val_top1:.1f}{spread}" + ("~" if record.within_spread else "")
 
 
 def duration(seconds: float) -> str:
@@ -174,8 +204,9 @@ def _cells(front: Front, record: TrialRecord) -> tuple[str, ...]:
     test = f"{record.test_top1:.1f}" if record.test_top1 is not None else "-"
     return (
         record.trial if record.origin != "dense" else "dense",
-        f"{record.val_top1:.1f}",
+        top1_text(record),
         test,
+        str(record.epochs),
         f"{record.gmacs:.4g}",
         f"{record.effective_gmacs:.4g}",
         f"{1 / cost_ratio(front, record):.2f}x",

@@ -12,6 +12,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 
 from pruners import Plan
+from search.constraints import violated
 from search.progress import Progress
 from search.results import TrialRecord, build_front, write_front, write_trials
 from search.sweep import Sweep, SweepFailedError
@@ -27,6 +28,7 @@ METRICS = (
     "params",
     "density",
     "images_per_s",
+    "latency_ms",
     "seconds",
 )
 """Keys of a trial's result that are metrics."""
@@ -113,11 +115,24 @@ class Recorder(tune.Callback):
             self.tracker.start_trial(self.records[name])
         return self.records[name]
 
+    def _violates(self, record: TrialRecord) -> str:
+        """Say which constraints a trial that was tuned to its end violates."""
+        if record.status != "finished":
+            return ""
+        dense = next((r for r in self.records.values() if r.status == "dense"), None)
+        return violated(
+            self.sweep.constraints,
+            params=record.params,
+            images_per_s=record.images_per_s,
+            drop=_drop(record, dense),
+        )
+
     def _end(self, record: TrialRecord, status: str, trial: Trial) -> None:
         if record.origin == "dense" and status == "finished":
             status = "dense"
         checkpoint = _checkpoint_path(trial, self.sweep.directory)
         record = dataclasses.replace(record, status=status, checkpoint=checkpoint)
+        record = dataclasses.replace(record, violates=self._violates(record))
         self.records[record.trial] = record
         records = sorted(self.records.values(), key=lambda r: r.trial)
         self.tracker.finish_trial(record)
@@ -131,6 +146,12 @@ class Recorder(tune.Callback):
         self.progress.ended_with(record, front)
 
 
+def _drop(record: TrialRecord, dense: TrialRecord | None) -> float | None:
+    if dense is None or dense.val_top1 is None or record.val_top1 is None:
+        return None
+    return dense.val_top1 - record.val_top1
+
+
 def new_record(config: dict[str, Any]) -> TrialRecord:
     """Return the record of a trial that has just got its configuration."""
     plan = Plan.from_json(config["plan"])
@@ -138,10 +159,15 @@ def new_record(config: dict[str, Any]) -> TrialRecord:
     ratio = config["cost_ratio"]
     return TrialRecord(
         trial=config["trial"],
-        name=f"{config['trial']} {methods}" + (f" {ratio:.2f}x" if methods != "dense" else ""),
+        name=f"{config['trial']} {methods}"
+        + (f" {ratio:.2f}x" if methods != "dense" else "")
+        + (f" ({config['origin']} {config['of']})" if config["of"] else ""),
         status="running",
         reason="",
         origin=config["origin"],
+        of=config["of"],
+        seed=config["seed"],
+        parameters=config["parameters"],
         methods=methods,
         epochs=0,
         cost_ratio=ratio,
@@ -182,6 +208,7 @@ def with_result(
                 "params",
                 "density",
                 "images_per_s",
+                "latency_ms",
                 "seconds",
             )
         },

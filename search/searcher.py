@@ -1,4 +1,4 @@
-"""Optuna behind Ray Tune: asks for parameters, hands out plans, tells what came of them.
+"""The proposer behind Ray Tune: hands out trials, tells what came of them, trains the best again.
 
 Ray's own `OptunaSearch` is not used: it records a stopped trial as complete with its partial values
 and leaves a trial with a NaN result RUNNING for ever, which a sampler then avoids. Here every trial
@@ -8,9 +8,10 @@ otherwise.
 
 from __future__ import annotations
 
-import logging
 import math
 import pickle
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +19,60 @@ import optuna
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
-from search.space import OutOfReachError, Proposal, Space
-from search.sweep import Sweep, SweepFailedError
+from search.again import standard_error, to_confirm, to_train_long
+from search.constraints import violations
+from search.proposer import OBJECTIVES, Proposer, Told
+from search.space import Space
+from search.space_step import Parameters
+from search.stopping import why_stop
+from search.sweep import Sweep
 
-OBJECTIVES = ["val_top1", "cost_ratio"]
-"""What a trial is told by: the first is maximised, the second minimised."""
-
-REFUSALS = 200
-"""Proposals in a row that may be out of the budget's reach before the sweep gives up."""
+Config = dict[str, Any]
 
 
 class PlanSearcher(Searcher):
-    """Proposes the dense model, then a ladder of uniform plans, then what Optuna asks for.
+    """Hands out the dense model, then what the proposer proposes, then the best ones again.
 
-    The study lives in memory and is saved with the sweep's state; `study` may be read at any time.
+    Attributes:
+        stopped: Why no more plans are asked for; empty as long as they are.
+        finished: Whether everything has been handed out.
     """
 
-    def __init__(self, sweep: Sweep, space: Space) -> None:
-        """Open a study and queue the ladder."""
+    def __init__(
+        self,
+        sweep: Sweep,
+        space: Space,
+        *,
+        earlier: Sequence[Parameters] = (),
+        val_images: int = 1_000,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Start a search.
+
+        Args:
+            sweep: The sweep.
+            space: Its space.
+            earlier: Parameters of an earlier sweep's front.
+            val_images: Images that top-1 is measured on, which decides what a near miss is.
+            clock: Seconds.
+        """
         super().__init__()
-        self.sweep, self.space = sweep, space
-        logging.getLogger("optuna").setLevel(logging.WARNING)
-        self.study = optuna.create_study(
-            study_name=sweep.name,
-            directions=["maximize", "minimize"],
-            sampler=make_sampler(sweep.sampler, sweep.seed),
-        )
-        self.study.set_user_attr("objectives", OBJECTIVES)
-        for parameters in space.ladder():
-            self.study.enqueue_trial(parameters, user_attrs={"origin": "ladder"})
+        self.sweep, self.val_images, self.clock = sweep, val_images, clock
+        self.proposer = Proposer(sweep=sweep, space=space, earlier=earlier)
         self.asked = 0
-        self.running: dict[str, int] = {}  # Ray's trial id -> Optuna's trial number
+        self.configs: dict[str, Config] = {}  # Ray's trial id -> what runs under it
+        self.waiting: list[Config] = []  # to be trained again
+        self.repeats: dict[str, list[float]] = {}
+        self.phase = "search"
+        self.stopped, self.finished = "", False
+        self.dense: dict[str, Any] | None = None  # result of the dense model
+        self.early: list[tuple[str, dict[str, Any]]] = []  # of trials that ended before it
+        self.start, self.seconds_before = clock(), 0.0
+
+    @property
+    def study(self) -> optuna.Study:
+        """The study of the search."""
+        return self.proposer.study
 
     def set_search_properties(
         self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any
@@ -56,53 +80,49 @@ class PlanSearcher(Searcher):
         """Accept the run; the objectives are the sweep's own."""
         return True
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """Return the configuration of the next trial."""
-        if self.asked >= self.sweep.trials:
-            return Searcher.FINISHED
-        name = f"{self.asked:04d}"
-        self.asked += 1
-        if name == "0000":
-            return {
-                "trial": name,
-                "origin": "dense",
-                "epochs": 0,
-                "plan": {"steps": []},
-                "cost_ratio": 1.0,
-            }
-        trial, proposal = self._ask()
-        self.running[trial_id] = trial.number
-        return {
-            "trial": name,
-            "origin": trial.user_attrs.get("origin", "search"),
-            "epochs": self.sweep.epochs,
-            "plan": proposal.plan.to_json(),
-            "learned": proposal.learned,
-            "cost_ratio": proposal.cost_ratio,
-        }
+    def suggest(self, trial_id: str) -> Config | str | None:
+        """Return the configuration of the next trial, None to wait, or that there are no more."""
+        config = self._next()
+        if isinstance(config, dict):
+            self.configs[trial_id] = config
+            self.asked += 1
+        elif config == Searcher.FINISHED:
+            self.finished = True
+        return config
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Tell Optuna what came of a trial."""
-        number = self.running.pop(trial_id, None)
-        if number is None:  # the dense model, or a trial told before
+        """Take what came of a trial."""
+        config = self.configs.pop(trial_id, None)
+        if config is None:  # told before
             return
         status = "failed" if error or result is None else result.get("status", "failed")
-        if status == "finished" and result is not None:
-            values = [float(result["val_top1"]), float(result["cost_ratio"])]
-            if all(map(math.isfinite, values)):
-                self.study.tell(number, values)
-                return
-        self.study.tell(number, state=TrialState.PRUNED if status == "stopped" else TrialState.FAIL)
+        whole = result if status == "finished" else None
+        if config["origin"] == "dense":
+            self._measured(whole)
+        elif config["of"]:
+            if config["origin"] == "confirm" and whole and math.isfinite(whole["val_top1"]):
+                self.repeats.setdefault(config["of"], []).append(float(whole["val_top1"]))
+        elif whole and self.dense is not None:
+            self._tell(config["trial"], whole)
+        elif whole and any(c["origin"] == "dense" for c in self.configs.values()):
+            self.early.append((config["trial"], whole))
+        elif status in ("stopped", "running"):
+            self.proposer.tell(config["trial"], None, float(config["cost_ratio"]))
+        else:
+            self.proposer.fail(config["trial"])
 
     def save(self, checkpoint_path: str) -> None:
-        """Save the study; Ray calls this with its own snapshot of the sweep."""
-        Path(checkpoint_path).write_bytes(pickle.dumps((self.study, self.asked, self.running)))
+        """Save the search; Ray calls this with its own snapshot of the sweep."""
+        state = {key: getattr(self, key) for key in _STATE}
+        state["seconds_before"] = self.seconds_before + self.clock() - self.start
+        Path(checkpoint_path).write_bytes(pickle.dumps(state))
 
     def restore(self, checkpoint_path: str) -> None:
         """Continue from what `save` wrote."""
-        self.study, self.asked, self.running = pickle.loads(Path(checkpoint_path).read_bytes())
+        self.__dict__ |= pickle.loads(Path(checkpoint_path).read_bytes())
+        self.start, self.finished = self.clock(), False
 
     def export_study(self, path: Path) -> None:
         """Copy the study to a SQLite file, which optuna-dashboard opens."""
@@ -115,27 +135,113 @@ class PlanSearcher(Searcher):
         study.set_user_attr("objectives", OBJECTIVES)
         study.add_trials(self.study.get_trials(deepcopy=False, states=_TOLD))
 
-    def _ask(self) -> tuple[optuna.Trial, Proposal]:
-        for _ in range(REFUSALS):
-            trial = self.study.ask()
-            try:
-                return trial, self.space.propose(self.space.sample(trial))
-            except OutOfReachError:
-                self.study.tell(trial, state=TrialState.FAIL)
-        raise SweepFailedError(
-            f"{REFUSALS} proposals in a row were out of the budget's reach; give a wider budget"
+    def _next(self) -> Config | str | None:
+        name = f"{self.asked:04d}"
+        if self.asked == 0:
+            return _config(name, "dense", epochs=0, plan={"steps": []}, cost_ratio=1.0)
+        if not self.stopped:
+            seconds = self.seconds_before + self.clock() - self.start
+            self.stopped = why_stop(self.sweep, self.asked, seconds, self.proposer.told)
+        if not self.stopped:
+            origin, proposal = self.proposer.ask(name, self.asked)
+            return _config(
+                name,
+                origin,
+                epochs=self.sweep.epochs,
+                plan=proposal.plan.to_json(),
+                cost_ratio=proposal.cost_ratio,
+                learned=proposal.scores,
+                parameters=dict(proposal.parameters),
+            )
+        while not self.waiting:
+            if not self._later_phases():
+                return Searcher.FINISHED
+            if self.configs:  # the next phase depends on what still runs
+                return None
+            self._next_phase()
+        return {**self.waiting.pop(0), "trial": name}
+
+    def _later_phases(self) -> list[str]:
+        """Return the phases that are still to come."""
+        phases = ["search"]
+        phases += ["confirm"] if self.sweep.confirm else []
+        phases += ["final"] if self.sweep.final_epochs else []
+        return phases[phases.index(self.phase) + 1 :]
+
+    def _next_phase(self) -> None:
+        """Queue what is trained again."""
+        self.phase = self._later_phases()[0]
+        told = self.proposer.told
+        if not told:
+            return
+        if self.phase == "confirm":
+            margin = standard_error(max(t.top1 for t in told), self.val_images)
+            self.waiting = [
+                self._again(t, "confirm", self.sweep.epochs, seed)
+                for t in to_confirm(told, margin)
+                for seed in range(1, self.sweep.confirm + 1)
+            ]
+        else:
+            self.waiting = [
+                self._again(t, "final", self.sweep.final_epochs, 0)
+                for t in to_train_long(told, self.repeats)
+            ]
+
+    def _measured(self, dense: dict[str, Any] | None) -> None:
+        """Take the dense model's result, None if there is none, and tell what waited for it."""
+        self.dense, early, self.early = dense, self.early, []
+        if dense is None:  # without it there is no front
+            self.stopped = "the dense model could not be measured"
+        for name, ended in early:
+            if dense is None:
+                self.proposer.fail(name)
+            else:
+                self._tell(name, ended)
+
+    def _again(self, told: Told, origin: str, epochs: int, seed: int) -> Config:
+        proposal = told.proposal
+        return _config(
+            "",
+            origin,
+            epochs=epochs,
+            plan=proposal.plan.to_json(),
+            cost_ratio=proposal.cost_ratio,
+            learned=proposal.scores,
+            parameters=dict(proposal.parameters),
+            of=told.name,
+            seed=seed,
         )
+
+    def _tell(self, name: str, result: dict[str, Any]) -> None:
+        """Tell the proposer of a trial that was tuned to its full length."""
+        if self.dense is None:
+            raise AssertionError("the dense model comes first")
+        cost = result["cost_ratio"]
+        if self.sweep.cost == "latency":
+            cost = result["latency_ms"] / self.dense["latency_ms"]
+        constraints = violations(
+            self.sweep.constraints,
+            params=result["params"],
+            images_per_s=result["images_per_s"],
+            drop=self.dense["val_top1"] - result["val_top1"],
+        )
+        self.proposer.tell(name, float(result["val_top1"]), float(cost), constraints)
 
 
 _TOLD = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+_STATE = (
+    *("proposer", "asked", "configs", "waiting", "repeats", "phase", "stopped", "dense", "early"),
+    "seconds_before",
+)
 
 
-def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
-    """Build the sampler that a sweep names."""
-    if name == "nsga2":
-        return optuna.samplers.NSGAIISampler(seed=seed, population_size=20)
-    if name == "gp":
-        return optuna.samplers.GPSampler(seed=seed)
-    if name == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    return optuna.samplers.TPESampler(seed=seed)
+def _config(name: str, origin: str, **values: Any) -> Config:
+    return {
+        "trial": name,
+        "origin": origin,
+        "learned": "",
+        "parameters": {},
+        "of": "",
+        "seed": 0,
+        **values,
+    }

@@ -6,13 +6,41 @@ import fnmatch
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 CHUNK = 1024
 """Rows that are handed on at a time."""
+
+
+class Group(NamedTuple):
+    """A row group of a shard; `first` is the number of its first row, over all shards in order."""
+
+    path: str
+    number: int
+    first: int
+
+
+class Chunk(NamedTuple):
+    """Rows that follow each other.
+
+    Attributes:
+        files: Name, content and number of each row; numbers run over all shards in order.
+        labels: [rows].
+    """
+
+    files: list[tuple[str, bytes | None, int]]
+    labels: NDArray[np.int64]
+
+    @property
+    def first(self) -> int:
+        """Number of the first row."""
+        return self.files[0][2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,31 +53,38 @@ class Shards:
     label_column: str
     rows: int
 
-    def read_groups(
-        self, order: list[tuple[str, int]]
-    ) -> Iterator[list[tuple[str, bytes | None, int]]]:
-        """Yield the (name, bytes, label) rows of the given (path, row group) pairs."""
-        for path, group in order:
+    def read_groups(self, order: list[Group]) -> Iterator[Chunk]:
+        """Yield the rows of the given row groups."""
+        for path, group, first in order:
             with self.filesystem.open_input_file(path) as source:
                 file = pq.ParquetFile(source)
                 table = file.read_row_group(group, columns=[self.image_column, self.label_column])
-            images, labels = table.column(self.image_column), table.column(self.label_column)
+            images, labels = (table.column(c) for c in (self.image_column, self.label_column))
+            if labels.null_count:
+                raise ValueError(
+                    f"{path}, row group {group}: {self.label_column} is empty in "
+                    f"{labels.null_count} rows; give each image a label"
+                )
+            numbers = labels.to_numpy().astype(np.int64)
             for start in range(0, table.num_rows, CHUNK):
                 part = images.slice(start, CHUNK).to_pylist()
-                yield [
-                    (_name(image, path, group, start + i), (image or {}).get("bytes"), int(label))
-                    for i, (image, label) in enumerate(
-                        zip(part, labels.slice(start, CHUNK).to_pylist(), strict=True)
-                    )
+                files = [
+                    (_name(image, path, group, row), (image or {}).get("bytes"), first + row)
+                    for row, image in enumerate(part, start)
                 ]
+                yield Chunk(files=files, labels=numbers[start : start + CHUNK])
 
-    def groups(self) -> list[tuple[str, int]]:
-        """Return all (path, row group) pairs in order."""
-        pairs = []
+    def groups(self) -> list[Group]:
+        """Return all row groups in order."""
+        groups: list[Group] = []
+        first = 0
         for path in self.paths:
             with self.filesystem.open_input_file(path) as source:
-                pairs += [(path, g) for g in range(pq.ParquetFile(source).num_row_groups)]
-        return pairs
+                metadata = pq.ParquetFile(source).metadata
+            for number in range(metadata.num_row_groups):
+                groups.append(Group(path, number, first))
+                first += metadata.row_group(number).num_rows
+        return groups
 
 
 def find_shards(source: str, image_column: str = "image", label_column: str = "label") -> Shards:

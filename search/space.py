@@ -1,33 +1,45 @@
 """The search space: Optuna parameters, and the plans they mean, each within the MACs budget.
 
-A trial samples a budget and, for each step, whether it is present and how its shares run over the
-depth. The shares are then scaled by one common factor so that the plan's cost meets the budget:
-what is sampled says *how* the network shrinks, the budget says *how much*. The space is static
-(every parameter exists in every trial), as Gaussian-process samplers need.
+A trial samples a budget, how it is split between the steps, and how each step deviates from its
+method's own layer-wise allocation; then one number is turned until the plan's cost meets the
+budget: what is sampled says *how* the network shrinks, the budget says *how much*. The space is
+static (every parameter exists in every trial), as Gaussian-process samplers need.
 
 Steps that learn are alternatives, since each has learned of the dense model: a trial takes one of
-them or none. Their shares deviate from what they propose themselves for the trial's budget.
+them or none.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import optuna
+from optuna.samplers import RandomSampler
 
 from pruners import Plan, Step, ViTShape, cost_of
 from pruners.learned import LearnedPruner
-from pruners.pruner import Thresholds
 from pruners.sites import RAGGED
-from search.space_step import Parameters, Rung, SpaceStep, space_step
+from search.space_step import Parameters, Rung, SpaceStep, refined, space_step
 from search.sweep import Sweep, SweepError
-
-if TYPE_CHECKING:
-    import optuna
 
 NO_LEARNER = "none"
 """Value of the parameter `learner` in a trial without a step that learns."""
+
+TOLERANCE = 0.01
+"""Distance from the budget, as a share of it, within which what is sampled stays as it is."""
+
+CLOSE = 0.001
+"""Distance, as a share of it, at which the search for a plan that meets a budget ends."""
+
+HALVINGS = 24
+"""Most tries for a plan: finer than one unit of any site but the largest weight matrices."""
+
+
+Group = tuple[str, str]
+"""A step's label, and one of its groups of sites."""
 
 
 class OutOfReachError(ValueError):
@@ -42,8 +54,18 @@ class Proposal:
     plan: Plan
     cost_ratio: float
     """Cost after the plan as a share of the dense model's, in the sweep's chosen cost."""
-    learned: str = ""
-    """File of what the plan's first step has learned; empty if it does not learn."""
+    scores: str = ""
+    """File of the scores (and learned weights) that the plan's first step cuts by, if there is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Halving:
+    """Plans that turning some scales found: one that meets the budget, or those around it."""
+
+    plans: list[tuple[Plan, float]]
+    met: bool = False
+    above: dict[Group, float] | None = None
+    """Positions of the last plan that cost too much."""
 
 
 class Space:
@@ -53,27 +75,29 @@ class Space:
         self,
         sweep: Sweep,
         dense: ViTShape,
-        learned: Mapping[str, Sequence[Rung]] | None = None,
+        rungs: Mapping[str, Sequence[Rung]] | None = None,
     ) -> None:
         """Prepare the space of a sweep over a model of the given shape.
 
         Args:
             sweep: The sweep.
             dense: Shape of the dense model.
-            learned: Label -> what the step has learned, for each step that learns. Without it only
-                what can be reached is right, not how the shares of such steps run.
+            rungs: Label -> what is known of the step's method on the dense model. Without it only
+                what can be reached is right, not how the shares run.
 
         Raises:
             SweepError: If a method or an option is unknown, the order of the steps is wrong, or the
                 budget is out of reach.
         """
         self.dense = dense
-        self.cost_name = {"gmacs": "macs", "effective_gmacs": "effective_macs"}[sweep.cost]
+        self.cost_name = "effective_macs" if sweep.cost == "effective_gmacs" else "macs"
         self.dense_cost = getattr(cost_of(dense), self.cost_name)
         self.low, self.high = sweep.budget.low, sweep.budget.high
-        self.rungs = sweep.ladder
+        self.ladder_rungs = sweep.ladder
         self.steps = tuple(
-            space_step(label, spec, sweep.epochs)
+            dataclasses.replace(
+                space_step(label, spec, sweep.epochs), rungs=tuple((rungs or {}).get(label, ()))
+            )
             for label, spec in zip(sweep.labels, sweep.steps, strict=True)
         )
         try:
@@ -87,8 +111,6 @@ class Space:
                 f"{', '.join(self.learners)}"
             )
         self._check_padding()
-        self.learned = learned or {}
-        self._own: dict[tuple[str, float], Thresholds] = {}
         least = min(self._least(rung) for rung in range(max(1, len(self.learners))))
         if least > self.low:
             raise SweepError(
@@ -96,50 +118,77 @@ class Space:
                 f"reach {least:.3f} at their max_share, so give a larger lower end or more steps"
             )
 
+    def refined(self) -> Space:
+        """Return the space in which every step that deviates has a number for each site."""
+        space = object.__new__(Space)
+        space.__dict__ |= {**self.__dict__, "steps": tuple(refined(step) for step in self.steps)}
+        return space
+
+    def by_site(self, parameters: Parameters) -> Parameters:
+        """Return this space's parameters as those of the refined space; the plan stays the same."""
+        found = dict(parameters)
+        for step in self.steps:
+            if step.kind == "residual":
+                for name in step.ranges(self.dense):
+                    found.pop(name)
+                found |= step.by_site(self.dense, parameters)
+        return found
+
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """Return the bounds of every parameter that is a number."""
+        found = {"budget": (self.low, self.high)}
+        for step in self.steps:
+            found |= step.ranges(self.dense)
+        return found
+
+    def choices(self) -> dict[str, list[str] | list[bool]]:
+        """Return the values of every parameter that is a choice."""
+        found: dict[str, list[str] | list[bool]] = {}
+        if self.learners:
+            found["learner"] = [*self.learners, NO_LEARNER]
+        for step in self.steps:
+            if not step.deviates and step.label not in self.learners:
+                found[f"{step.label}.present"] = [True, False]
+        return found
+
     def sample(self, trial: optuna.Trial) -> Parameters:
         """Ask an Optuna trial for all parameters of the space."""
-        parameters: Parameters = {"budget": trial.suggest_float("budget", self.low, self.high)}
-        if self.learners:
-            choices = [*self.learners, NO_LEARNER]
-            parameters["learner"] = trial.suggest_categorical("learner", choices)
-        for step in self.steps:
-            if step.label not in self.learners:
-                parameters[f"{step.label}.present"] = trial.suggest_categorical(
-                    f"{step.label}.present", [True, False]
-                )
-            if step.kind == "layer":
-                for site in step.pruner.sites(self.dense):
-                    parameters[f"{step.label}.{site}"] = trial.suggest_float(
-                        f"{step.label}.{site}", 0.0, 1.0
-                    )
-            else:
-                parameters[f"{step.label}.base"] = trial.suggest_float(
-                    f"{step.label}.base", 0.05, 1.0
-                )
-                parameters[f"{step.label}.slope"] = trial.suggest_float(
-                    f"{step.label}.slope", -1.0, 1.0
-                )
+        parameters: Parameters = {}
+        for name, choices in self.choices().items():
+            parameters[name] = trial.suggest_categorical(name, choices)
+        for name, (low, high) in self.ranges().items():
+            parameters[name] = trial.suggest_float(name, low, high)
         return parameters
 
     def ladder(self) -> list[Parameters]:
-        """Return the parameters of the first plans, small budgets first.
+        """Return the parameters of the first plans.
 
-        For each budget: every step that learns alone, as it proposes itself, then one share
-        everywhere for all other steps together with one of those.
+        First, for each budget, all steps together, each as its method allocates itself (of those
+        that learn one, in turn); then each step alone, where there are several.
         """
-        gap = (self.high - self.low) / max(1, self.rungs - 1)
-        start = self.low if self.rungs > 1 else (self.low + self.high) / 2
-        plans: list[Parameters] = []
-        for rung in range(self.rungs):
-            mixed = self._uniform(start + gap * rung, rung)
-            absent = {key: False for key in mixed if key.endswith(".present")}
-            plans += [{**mixed, **absent, "learner": label} for label in self.learners]
-            if absent:
-                plans.append(mixed)
-        return plans
+        gap = (self.high - self.low) / max(1, self.ladder_rungs - 1)
+        start = self.low if self.ladder_rungs > 1 else (self.low + self.high) / 2
+        budgets = [start + gap * rung for rung in range(self.ladder_rungs)]
+        plans = [self._neutral(budget, rung) for rung, budget in enumerate(budgets)]
+        for rung, budget in enumerate(budgets if len(self.steps) > 1 else ()):
+            plans += [self._alone(self._neutral(budget, rung), step) for step in self.steps]
+        return [plan for i, plan in enumerate(plans) if plan not in plans[:i]]
+
+    def draw(self, count: int, seed: int) -> tuple[Plan, list[Plan]]:
+        """Return the first plan of the smallest budget, and so many plans drawn at random."""
+        study = optuna.create_study(sampler=RandomSampler(seed=seed))
+        plans: list[Plan] = []
+        for _ in range(10 * count):
+            if len(plans) == count:
+                break
+            try:
+                plans.append(self.propose(self.sample(study.ask())).plan)
+            except OutOfReachError:
+                continue
+        return self.propose(self._neutral(self.low, 0)).plan, plans
 
     def propose(self, parameters: Parameters) -> Proposal:
-        """Return the plan of some parameters, scaled to the sampled budget.
+        """Return the plan of some parameters, whose cost meets the sampled budget.
 
         Steps that are absent join if the others alone cannot reach the budget: refusing such
         parameters would teach a sampler nothing, and it would propose them again. Of the two plans
@@ -149,71 +198,128 @@ class Space:
             OutOfReachError: If neither lies within the range.
         """
         budget = float(parameters["budget"])
-        if self._ratio(self._plan(parameters, math.inf)) > budget:
-            parameters = {k: k.endswith(".present") or v for k, v in parameters.items()}
-            if parameters.get("learner") == NO_LEARNER:
-                parameters["learner"] = self.learners[0]
-        below, above = self._bracket(parameters, budget)
+        weights = self._weights(parameters)
+        ends = dict.fromkeys(self._groups(weights), 1.0)
+        if self._ratio(self._plan(parameters, weights, ends)) > budget:
+            weights = self._weights(parameters, all_join=True)
         inside = [
-            p for p in (below, above) if p is not None and self.low <= self._ratio(p) <= self.high
+            (plan, ratio)
+            for plan, ratio in self._around(parameters, weights, budget)
+            if self.low <= ratio <= self.high
         ]
         if not inside:
             raise OutOfReachError(
                 f"no scale of these shares costs between {self.low} and {self.high} of dense"
             )
-        plan = min(inside, key=lambda p: abs(self._ratio(p) - budget))
-        learner = next((p for p in plan.steps if p.active), None)
-        rung = self._rung(str(parameters.get("learner")), budget)
-        learns = rung is not None and learner is not None and learner.pruner == rung.pruner
+        plan, ratio = min(inside, key=lambda found: abs(found[1] - budget))
         return Proposal(
-            parameters=parameters,
-            plan=plan,
-            cost_ratio=self._ratio(plan),
-            learned=rung.path if rung is not None and learns else "",
+            parameters=parameters, plan=plan, cost_ratio=ratio, scores=self._scores(plan, budget)
         )
 
-    def _bracket(self, parameters: Parameters, budget: float) -> tuple[Plan | None, Plan]:
-        """Return the plan with the largest cost <= budget, if any, and the next larger one.
+    def _around(
+        self, parameters: Parameters, weights: Mapping[str, float], budget: float
+    ) -> list[tuple[Plan, float]]:
+        """Return plans with costs close to the budget, on both sides of it, with their costs.
 
-        The shares are scaled by t / (1 - t) for t in 0..1: at 1 each is at its `max_share`.
+        First everything is scaled together. Where that jumps over the budget (units and tokens are
+        whole), one group of sites alone cuts what is missing, the finest that comes close enough.
         """
-        low, high = 0.0, 1.0
-        below = self._plan(parameters, math.inf)
-        if self._ratio(below) > budget:
-            return None, below
-        for _ in range(30):  # finer than one unit of any site but the largest weight matrices
-            middle = (low + high) / 2
-            plan = self._plan(parameters, middle / (1.0 - middle))
-            if self._ratio(plan) <= budget:
-                high, below = middle, plan
-            else:
-                low = middle
-        return below, self._plan(parameters, low / (1.0 - low))
+        groups = self._groups(weights)
+        whole = self._halve(parameters, weights, budget, dict.fromkeys(groups, 0.5), groups)
+        if whole.met or whole.above is None:
+            return whole.plans
+        found = list(whole.plans)
+        for group in reversed(groups):
+            alone = self._halve(parameters, weights, budget, whole.above, [group])
+            found += alone.plans
+            if alone.met:
+                return alone.plans
+        return found
 
-    def _plan(self, parameters: Parameters, scale: float) -> Plan:
+    def _halve(
+        self,
+        parameters: Parameters,
+        weights: Mapping[str, float],
+        budget: float,
+        positions: Mapping[Group, float],
+        moved: Sequence[Group],
+    ) -> _Halving:
+        """Turn the scales of some groups of sites until the plan's cost meets the budget.
+
+        A scale is t / (1 - t) for a position t in 0..1: at 1/2 sites are what is sampled, at 1 each
+        is at its `max_share`.
+        """
+        low, high = (0.0, 1.0) if len(moved) == len(positions) else (positions[moved[0]], 1.0)
+        ends: dict[str, tuple[Plan, float]] = {}
+        above = None
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            tried = {**positions, **dict.fromkeys(moved, middle)}
+            plan = self._plan(parameters, weights, tried)
+            ratio = self._ratio(plan)
+            near = CLOSE if ends else TOLERANCE
+            if abs(ratio - budget) <= near * budget and self.low <= ratio <= self.high:
+                return _Halving(plans=[(plan, ratio)], met=True)
+            if ratio <= budget:
+                ends["below"], high = (plan, ratio), middle
+            else:
+                ends["above"], low, above = (plan, ratio), middle, tried
+        return _Halving(plans=list(ends.values()), above=above)
+
+    def _plan(
+        self,
+        parameters: Parameters,
+        weights: Mapping[str, float],
+        positions: Mapping[Group, float],
+    ) -> Plan:
         shape, steps = self.dense, []
-        budget = float(parameters["budget"])
+        budget, total = float(parameters["budget"]), sum(weights.values())
         for step in self.steps:
-            rung = self._rung(step.label, budget)
+            rung = step.rung(budget)
             pruner = step.pruner if rung is None else rung.pruner
             thresholds = dict.fromkeys(pruner.sites(self.dense), 0.0)
-            if self._is_present(step, parameters):
-                sites = pruner.sites(shape)  # an earlier step may have removed branches
-                own = self._proposed(step, budget)
-                thresholds = {
-                    site: step.share(
-                        site,
-                        units,
-                        own.get(site, 0.0) if own else None,
-                        parameters,
-                        scale,
-                        last_block=len(self.dense.blocks) - 1,
-                    )
-                    for site, units in sites.items()
+            if weight := weights[step.label]:
+                part = budget ** (weight / total)  # costs of steps multiply
+                scales = {
+                    group: place / (1.0 - place) if place < 1.0 else math.inf
+                    for (label, group), place in positions.items()
+                    if label == step.label
                 }
+                thresholds = step.shares(shape, self.dense, parameters, part, scales)
                 shape = pruner.shrink(shape, thresholds)
             steps.append(Step(pruner=pruner, thresholds=thresholds))
         return Plan(steps=tuple(steps))
+
+    def _groups(self, weights: Mapping[str, float]) -> list[Group]:
+        """Return the groups of sites of the steps that take part, coarse ones of a step first."""
+        present = [step for step in self.steps if weights[step.label]]
+        return [(step.label, group) for step in present for group in step.groups(self.dense)]
+
+    def _weights(self, parameters: Parameters, *, all_join: bool = False) -> dict[str, float]:
+        """Return each step's part in how the budget is split.
+
+        Args:
+            parameters: What is sampled.
+            all_join: Let steps take part that are absent.
+        """
+        learner = parameters.get("learner")
+        if all_join and learner == NO_LEARNER:
+            learner = self.learners[0]
+        weights = {}
+        for step in self.steps:
+            plays = step.label not in self.learners or step.label == learner
+            weights[step.label] = step.weight(parameters) if plays else 0.0
+            if plays and all_join and weights[step.label] == 0.0:
+                weights[step.label] = 1.0
+        return weights
+
+    def _scores(self, plan: Plan, budget: float) -> str:
+        """Return the file of scores that a plan's first step can be cut by: others see less."""
+        for step, planned in zip(self.steps, plan.steps, strict=True):
+            if planned.active:
+                rung = step.rung(budget)
+                return rung.path if rung is not None and step.pruner.family == "unit" else ""
+        return ""
 
     def _least(self, rung: int) -> float:
         """Return the smallest cost ratio of all steps together, with the learner of that number.
@@ -221,8 +327,11 @@ class Space:
         Raises:
             SweepError: If they cannot stand in one plan.
         """
+        neutral = self._neutral(self.low, rung)
+        weights = self._weights(neutral)
         try:
-            return self._ratio(self._plan(self._uniform(self.low, rung), math.inf))
+            ends = dict.fromkeys(self._groups(weights), 1.0)
+            return self._ratio(self._plan(neutral, weights, ends))
         except ValueError as error:
             raise SweepError(f"steps do not go together: {error}") from error
 
@@ -238,46 +347,30 @@ class Space:
                     f"different widths; give {step.label} other units, or no {behind[0]}"
                 )
 
-    def _is_present(self, step: SpaceStep, parameters: Parameters) -> bool:
-        if step.label in self.learners:
-            return parameters["learner"] == step.label
-        return bool(parameters[f"{step.label}.present"])
-
-    def _rung(self, label: str, budget: float) -> Rung | None:
-        """Return what a step has learned for the budget that is nearest; None if nothing."""
-        rungs = self.learned.get(label, ())
-        return min(
-            rungs, key=lambda r: abs(getattr(r.pruner, "budget", budget) - budget), default=None
-        )
-
-    def _proposed(self, step: SpaceStep, budget: float) -> Thresholds:
-        """Return a step's own allocation at a budget, or at the nearest one it can reach."""
-        rung = self._rung(step.label, budget)
-        if step.kind != "residual" or rung is None:
-            return {}
-        key = (step.label, budget)
-        while key not in self._own:
-            try:
-                macs = budget * cost_of(self.dense).effective_macs
-                self._own[key] = rung.pruner.allocate(self.dense, rung.scores, macs)
-            except ValueError:  # this step alone cannot get there
-                budget += 0.01
-        return self._own[key]
-
     def _ratio(self, plan: Plan) -> float:
         return getattr(cost_of(plan.shape(self.dense)), self.cost_name) / self.dense_cost
 
-    def _uniform(self, budget: float, rung: int = 0) -> Parameters:
-        parameters: Parameters = {"budget": budget}
+    def _neutral(self, budget: float, rung: int) -> Parameters:
+        """Return the parameters of all steps together, as the methods allocate themselves."""
+        parameters: Parameters = dict.fromkeys(self.choices(), True)
         if self.learners:
             parameters["learner"] = self.learners[rung % len(self.learners)]
+        parameters["budget"] = budget
         for step in self.steps:
-            if step.label not in self.learners:
-                parameters[f"{step.label}.present"] = True
-            if step.kind == "layer":
-                parameters |= {
-                    f"{step.label}.{site}": 0.5 for site in step.pruner.sites(self.dense)
-                }
-            else:
-                parameters |= {f"{step.label}.base": 0.5, f"{step.label}.slope": 0.0}
+            parameters |= step.neutral(self.dense)
         return parameters
+
+    def _alone(self, parameters: Parameters, step: SpaceStep) -> Parameters:
+        """Return parameters in which the other steps are absent."""
+        alone = dict(parameters)
+        if self.learners:
+            alone["learner"] = step.label if step.label in self.learners else NO_LEARNER
+        for other in self.steps:
+            if other.label != step.label and other.label not in self.learners:
+                absent = (
+                    {f"{other.label}.split": 0.0}
+                    if other.deviates
+                    else {f"{other.label}.present": False}
+                )
+                alone |= absent
+        return alone

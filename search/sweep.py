@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from search.milestones import milestones
+
 METHODS = Path(__file__).resolve().parent.parent / "pruners" / "methods"
 """Folder whose files are the pruning methods; read without importing them."""
 
@@ -29,6 +31,10 @@ class SweepError(ValueError):
 
 class SweepFailedError(RuntimeError):
     """A sweep could not be brought to an end."""
+
+
+class SweepInterruptedError(RuntimeError):
+    """A sweep was interrupted; run again, it continues."""
 
 
 class _Part(BaseModel):
@@ -65,6 +71,7 @@ class DataSpec(_Part):
     label_column: str = "label"
     cache_dir: str | None = None  # decoded images, per node; None is the user's cache folder
     cache_gb: float = Field(8.0, ge=0.0)  # splits that are larger decoded are streamed
+    teacher_gb: float = Field(8.0, ge=0.0)  # dense model's answers; if larger, it is asked live
     max_corrupt: int = Field(0, ge=0)  # images per split that may be unreadable
 
 
@@ -72,8 +79,8 @@ class StepSpec(_Part):
     """One step: a method with its options, and how the search varies it."""
 
     method: str
-    # base and slope over depth, a share per site, or base and slope of what the method learned
-    space: Literal["tied", "layer", "residual"] | None = None  # residual for methods that learn
+    # deviation from the method's own allocation; base and slope over depth; or a share per site
+    space: Literal["residual", "tied", "layer"] = "residual"
     max_share: float = Field(0.9, gt=0.0, le=1.0)
     budgets: tuple[Share, ...] = ()  # that a method learns for; () is its option `budget`
     options: dict[str, Any] = {}
@@ -142,6 +149,22 @@ class FineTuneSpec(_Part):
     selector_settle: Share = 0.33  # share of the steps, at the end, in which these stay as they are
 
 
+class Halving(_Part):
+    """How trials that look bad are stopped early (MO-ASHA)."""
+
+    eta: float = Field(2.0, gt=1.0, allow_inf_nan=False)  # one of so many goes on at each rung
+    first: int = Field(1, ge=0)  # epochs before the first rung; 0 compares untuned models
+    brackets: int = Field(1, ge=1)  # of bracket s, trials are first compared at rung s
+
+
+class Constraints(_Part):
+    """Bounds beside the budget; what violates one is not on the front."""
+
+    max_params: int | None = Field(None, ge=1)  # stored parameters
+    min_images_per_s: Positive | None = None  # on the trial's own device
+    max_drop: Positive | None = None  # points of validation top-1 below the dense model
+
+
 class Resources(_Part):
     """What a trial gets; fractions are allowed."""
 
@@ -157,18 +180,67 @@ class Sweep(_Part):
     data: DataSpec
     steps: tuple[StepSpec, ...] = Field(min_length=1)
     budget: Budget
-    cost: Literal["effective_gmacs", "gmacs"] = "effective_gmacs"
-    trials: int = Field(ge=2)  # the dense model and the ladder count
-    ladder: int = Field(3, ge=0)  # uniform plans that are tried first
+    # what accuracy is traded against; with "latency" the budget is still one of gmacs
+    cost: Literal["effective_gmacs", "gmacs", "latency"] = "effective_gmacs"
+    trials: int = Field(ge=2)  # the dense model and the first plans count
+    ladder: int = Field(3, ge=0)  # budgets at which the methods' own allocations are tried first
+    start_from: str | None = None  # directory of an earlier sweep, whose front is tried next
     epochs: int = Field(ge=0)  # of fine-tuning, per trial
+    elastic_epochs: int = Field(0, ge=0)  # of tuning the dense model for cuts, once; 0 is none
+    elastic_lr: Positive = 1e-4  # gentler than finetune.lr: the dense model is to stay what it is
     seed: int = Field(0, ge=0)
-    sampler: Literal["tpe", "nsga2", "gp", "random"] = "tpe"
+    sampler: Literal["auto", "gp", "nsga2", "nsga3", "tpe", "random"] = "auto"
+    refine: float = Field(0.3, ge=0.0, lt=1.0)  # share of the trials, the last, that vary by site
+    halving: Halving | None = None  # None trains every trial to its end
+    constraints: Constraints = Constraints()
+    max_hours: Positive | None = None  # after which no trial begins
+    patience: int = Field(0, ge=0)  # trials in which the hypervolume must grow; 0 does not look
+    min_growth: float = Field(0.01, ge=0.0)  # share by which it must
+    confirm: int = Field(0, ge=0)  # further seeds with which the front is trained again
+    final_epochs: int = Field(0, ge=0)  # with which the front is trained last; 0 does not
     concurrency: int | None = Field(None, ge=1)  # trials at once; None is what the cluster holds
     finetune: FineTuneSpec = FineTuneSpec()
     resources: Resources = Resources()
     storage: str = "results"
     tracking: str | None = None  # MLflow tracking URI; None is SQLite in the sweep's directory
     max_failures: int = Field(2, ge=0)  # restarts of a trial whose process died
+
+    @model_validator(mode="after")
+    def _can_measure_speed(self) -> Sweep:
+        measures = self.cost == "latency" or self.constraints.min_images_per_s is not None
+        if measures and 0.0 < self.resources.gpu < 1.0:
+            raise ValueError(
+                f"measures speed on resources.gpu = {self.resources.gpu}, a shared GPU; give whole "
+                "GPUs, or neither cost = 'latency' nor min_images_per_s"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_rungs(self) -> Sweep:
+        halving = self.halving
+        if halving is None:
+            return self
+        if halving.first >= self.epochs:
+            raise ValueError(
+                f"has halving.first = {halving.first} and epochs = {self.epochs}; "
+                "give a first rung before the last epoch"
+            )
+        rungs = len(milestones(self.epochs, halving.first, halving.eta))
+        if halving.brackets > rungs + 1:
+            raise ValueError(
+                f"has halving.brackets = {halving.brackets}, with {rungs} rungs; "
+                f"give at most {rungs + 1}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _trains_longer_at_last(self) -> Sweep:
+        if 0 < self.final_epochs <= self.epochs:
+            raise ValueError(
+                f"has final_epochs = {self.final_epochs}; "
+                f"give more than epochs = {self.epochs}, or 0 for none"
+            )
+        return self
 
     @property
     def directory(self) -> Path:
@@ -302,6 +374,8 @@ def _fields_at(location: Sequence[str | int]) -> list[str]:
                 "data": DataSpec,
                 "budget": Budget,
                 "finetune": FineTuneSpec,
+                "halving": Halving,
+                "constraints": Constraints,
                 "resources": Resources,
                 "steps": StepSpec,
             }[part]

@@ -17,7 +17,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.tracking import MlflowClient
 
 from search.pictures import front_html, front_png, kept_png
-from search.progress import cost_ratio, front_line
+from search.progress import cost_ratio, front_line, top1_text
 from search.results import Front, TrialRecord, front_json
 
 RUNS = "mlflow.json"
@@ -79,6 +79,10 @@ class Tracker:
         now, seconds = int(time.time() * 1000), sum(run["report"]["seconds"] for run in runs)
         self.client.log_batch(parent, metrics=[Metric("learning_seconds", seconds, now, 0)])
 
+    def elastic(self, run: Mapping[str, Any]) -> None:
+        """Log what came of the elastic start."""
+        self.client.log_dict(self.runs["parent"], dict(run), "elastic.json")
+
     def start_trial(self, record: TrialRecord) -> None:
         """Open a child run.
 
@@ -91,6 +95,7 @@ class Tracker:
             "mlflow.parentRunId": self.runs["parent"],
             "trial": record.trial,
             "origin": record.origin,
+            "of": record.of,
             "methods": record.methods,
             "status": "running",
             "front": "false",
@@ -205,16 +210,17 @@ def note(front: Front) -> str:
     lines = [
         f"Front of validation top-1 against {front.cost}: {front_line(front)}",
         "",
-        "| trial | val top-1 | test top-1 | cost | GMACs | effective | params | plan |",
-        "|---|---|---|---|---|---|---|---|",
+        "| trial | val top-1 | test top-1 | epochs | cost | GMACs | effective | params | plan |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for record in (*front.members, front.dense):
         test = f"{record.test_top1:.1f}" if record.test_top1 is not None else ""
         ratio = f"{cost_ratio(front, record):.2f}x"
         cells = [
             record.name,
-            f"{record.val_top1:.1f}",
+            top1_text(record),
             test,
+            str(record.epochs),
             ratio,
             f"{record.gmacs:.4g}",
             f"{record.effective_gmacs:.4g}",

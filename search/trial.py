@@ -11,16 +11,31 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from ray import tune
 from torch import Tensor
 
 from pruners import Plan, PrunableViT, cost_of
 from pruners.learned import Learned
-from pruners.training import Evaluation, FineTuner, NonFiniteLossError, Recipe, evaluate
+from pruners.training import (
+    Evaluation,
+    FineTuner,
+    NonFiniteLossError,
+    Recipe,
+    autocast_dtype,
+    evaluate,
+    measured_rate,
+)
+from search.augment import Epoch
 from search.model import image_spec
-from search.parquet import Images, open_images
+from search.node_model import Packed, pack, unpack
+from search.parquet import Images, default_cache, open_images
 from search.sweep import Sweep
+from search.teacher import Teacher
+
+LATENCY_BATCHES = 5
+"""Batches that a model's speed is the median of; one more before them warms up."""
 
 STATE = "trial.pt"
 """File of a checkpoint that only a resumed trial needs: optimiser, schedule, progress."""
@@ -28,23 +43,42 @@ STATE = "trial.pt"
 
 @dataclass(frozen=True, kw_only=True)
 class TrialInputs:
-    """What all trials of a sweep share; Ray keeps it once per node.
+    """What all trials of a sweep share; Ray keeps it once per node, weights included.
 
     Attributes:
         sweep: The sweep.
-        dense: The dense model, on the CPU.
+        dense: The dense model, on the CPU; its weights must not be changed in place.
+        start: The model that plans cut, of the same shape: the dense one, or the dense one tuned
+            for cuts.
     """
 
     sweep: Sweep
     dense: PrunableViT
+    start: PrunableViT
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the weights in a way that they are not copied into each process."""
+        start = None if self.start is self.dense else pack(self.start)
+        return _inputs, (self.sweep, pack(self.dense), start)
+
+
+Apart = tuple[PrunableViT, dict[str, Packed]]
+"""A model without its weights, and these."""
+
+
+def _inputs(sweep: Sweep, dense: Apart, start: Apart | None) -> TrialInputs:
+    whole = unpack(*dense)
+    return TrialInputs(sweep=sweep, dense=whole, start=unpack(*start) if start else whole)
 
 
 class PlanTrial(tune.Trainable):
     """A trial as Ray Tune runs it: a step is an epoch; the first cuts and measures, untrained.
 
-    The actor is reused from trial to trial, so that torch is imported, the data opened and the
-    teacher placed only once. Every random number depends on (seed, trial, epoch) alone, so a
-    resumed trial goes on as if nothing had happened.
+    The actor is reused from trial to trial, so that torch is imported and the data opened only
+    once. All trials see the same images in the same epoch, in the same order. Every random number
+    depends on (the sweep's seed, the configuration's `seed`, trial, epoch) alone, so a resumed
+    trial goes on as if nothing had happened; another `seed` in the configuration, 0 by default,
+    trains the same plan on another stream of images.
     """
 
     def setup(self, config: dict[str, Any], inputs: TrialInputs | None = None) -> None:
@@ -54,10 +88,14 @@ class PlanTrial(tune.Trainable):
         self.sweep = inputs.sweep
         torch.set_num_threads(max(1, int(self.sweep.resources.cpu)))
         self.device = trial_device(self.sweep)
-        self.teacher = inputs.dense.to(self.device).eval().requires_grad_(False)
-        self.teacher.use_fused_attention(self.device.type == "cuda")
-        self.train_images = open_split(self.sweep, inputs.dense, "train")
-        self.val_images = open_split(self.sweep, inputs.dense, "val")
+        self.dense = inputs.dense.eval().requires_grad_(False)
+        self.start = inputs.start.eval().requires_grad_(False)
+        for vit in (self.dense, self.start):
+            vit.use_fused_attention(self.device.type == "cuda")
+        self.train_images = open_split(self.sweep, self.dense, "train")
+        self.val_images = open_split(self.sweep, self.dense, "val")
+        self.calibration = Calibration(self.sweep, self.train_images, self.device)
+        self.teacher = make_teacher(self.sweep, self.dense, self.train_images, self.device)
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -73,9 +111,13 @@ class PlanTrial(tune.Trainable):
             if self.epoch < 0:
                 self._cut()
             else:
-                self.plan.ramp(self.vit, self._calibration(), self.epoch + 1)
-                loss = self.tuner.train_epoch(self._train_batches())
+                self.plan.ramp(self.vit, self.calibration, self.epoch + 1)
+                loss = self.tuner.train_taught(self._train_batches())
             self.measured = evaluate(self.vit, self._val_batches())
+            if self.epoch < 0:
+                self.latency_ms = self._latency_ms()
+                reason = self._too_slow()
+                status = "stopped" if reason else status
         except NonFiniteLossError as error:
             status, reason = "failed", f"epoch {self.epoch + 1}: {error}"
         self.epoch += 1
@@ -89,7 +131,12 @@ class PlanTrial(tune.Trainable):
         directory = Path(checkpoint_dir)
         self.vit.save(directory, measured={"val_top1": self.measured.top1, "epoch": self.epoch})
         if self.epoch < self.config["epochs"]:
-            where = {"epoch": self.epoch, "seconds": self.seconds, "measured": vars(self.measured)}
+            where = {
+                "epoch": self.epoch,
+                "seconds": self.seconds,
+                "latency_ms": self.latency_ms,
+                "measured": vars(self.measured),
+            }
             torch.save({"where": where, "tuner": self.tuner.state_dict()}, directory / STATE)
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
@@ -98,6 +145,7 @@ class PlanTrial(tune.Trainable):
         self.vit = PrunableViT.load(directory).to(self.device)
         state = torch.load(directory / STATE, map_location=self.device, weights_only=True)
         self.epoch, self.seconds = state["where"]["epoch"], state["where"]["seconds"]
+        self.latency_ms = state["where"]["latency_ms"]
         self.measured = Evaluation(**state["where"]["measured"])
         self._new_tuner()
         self.tuner.load_state_dict(state["tuner"])
@@ -105,21 +153,38 @@ class PlanTrial(tune.Trainable):
     def _begin(self, config: dict[str, Any]) -> None:
         self.config = config
         self.plan = Plan.from_json(config["plan"])
-        self.epoch, self.seconds = -1, 0.0
+        self.epoch, self.seconds, self.latency_ms = -1, 0.0, 0.0
         self.measured = Evaluation(top1=0.0, loss=0.0, images=0, images_per_s=0.0)
-        self.vit = copy.deepcopy(self.teacher).requires_grad_(True)
+        uncut = self.dense if config["origin"] == "dense" else self.start
+        self.vit = copy.deepcopy(uncut).to(self.device).requires_grad_(True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def _cut(self) -> None:
-        torch.manual_seed(self._seed(0))
+        torch.manual_seed(self._trial_seed(0))
         path = self.config.get("learned", "")
         learned = Learned.load(Path(path)) if path else None
-        self.plan.apply(self.vit, self._calibration(), learned)
+        self.plan.apply(self.vit, self.calibration, learned)
         self._new_tuner()
 
-    def _calibration(self) -> list[tuple[Tensor, Tensor]]:
-        return list(calibration_batches(self.sweep, self.train_images, self.device))
+    def _latency_ms(self) -> float:
+        """Return the time per image; measured for itself where the sweep asks for speed."""
+        data, sweep = self.sweep.data, self.sweep
+        if sweep.cost != "latency" and sweep.constraints.min_images_per_s is None:
+            return 1000.0 / self.measured.images_per_s
+        images, _ = next(
+            iter(self.val_images.batches(data.eval_batch_size, seed=None, augment=False))
+        )
+        rate = measured_rate(self.vit, images.to(self.device), LATENCY_BATCHES)
+        return 1000.0 / rate
+
+    def _too_slow(self) -> str:
+        """Say why a trial need not be trained: it is slower than the sweep allows."""
+        least = self.sweep.constraints.min_images_per_s
+        rate = 1000.0 / self.latency_ms
+        if least is None or rate >= least or self.config["origin"] == "dense":
+            return ""
+        return f"{rate:.4g} images/s is below min_images_per_s = {least:g}"
 
     def _new_tuner(self) -> None:
         batch = self.sweep.data.batch_size
@@ -127,23 +192,36 @@ class PlanTrial(tune.Trainable):
         recipe = Recipe(
             epochs=self.config["epochs"], **self.sweep.finetune.model_dump(exclude={"augment"})
         )
-        self.tuner = FineTuner(self.vit, recipe, steps, self.teacher)
+        distils = recipe.distill > 0.0
+        # A loss on tokens compares them with the teacher's own, which are too many to keep.
+        kept = self.vit.token_loss is None and self.teacher.fits(recipe.epochs)
+        self.answered = distils and kept
+        live = self.teacher.live if distils and not kept else None
+        self.tuner = FineTuner(self.vit, recipe, steps, live)
 
-    def _train_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        seed = self._seed(self.epoch + 1)
-        torch.manual_seed(seed)  # dropout and drop path
-        augment = self.sweep.finetune.augment
-        return self.train_images.batches(
-            self.sweep.data.batch_size, seed=seed, augment=augment, device=self.device
-        )
+    def _train_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        number = self.epoch + 1
+        stream = Epoch(mixed_seed(self.sweep.seed, self._own_seed()), number)
+        answers = self.teacher.answers(stream) if self.answered else None
+        torch.manual_seed(self._trial_seed(number))  # dropout and drop path
+        for images, labels, rows in self.train_images.numbered(
+            self.sweep.data.batch_size,
+            order=stream,
+            views=stream if self.sweep.finetune.augment else None,
+            device=self.device,
+        ):
+            yield images, labels, None if answers is None else torch.from_numpy(answers[rows])
 
     def _val_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         return self.val_images.batches(
             self.sweep.data.eval_batch_size, seed=None, augment=False, device=self.device
         )
 
-    def _seed(self, epoch: int) -> int:
-        return (self.sweep.seed * 1_000_003 + int(self.config["trial"])) * 1_009 + epoch
+    def _trial_seed(self, epoch: int) -> int:
+        return mixed_seed(self.sweep.seed, self._own_seed(), int(self.config["trial"]), epoch)
+
+    def _own_seed(self) -> int:
+        return int(self.config.get("seed", 0))
 
     def _result(self, status: str, reason: str, loss: float) -> dict[str, Any]:
         shape = self.vit.shape()
@@ -162,10 +240,51 @@ class PlanTrial(tune.Trainable):
             "params": cost.params,
             "density": cost.density,
             "images_per_s": self.measured.images_per_s,
+            "latency_ms": self.latency_ms,
             "seconds": self.seconds,
             "shape": json.dumps(shape.to_json()),
             "done": status != "running",
         }
+
+
+class Calibration:
+    """The training images that scores are measured on, read when a step first asks for them.
+
+    They are the same for every trial, so the actor keeps them, in main memory: batches to go over
+    as often as needed.
+    """
+
+    def __init__(self, sweep: Sweep, images: Images, device: torch.device) -> None:
+        """Read nothing yet."""
+        self.sweep, self.images, self.device = sweep, images, device
+        self._held: list[tuple[Tensor, Tensor]] | None = None
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images [B, channels, height, width] and labels [B], on the device."""
+        if self._held is None:
+            self._held = list(calibration_batches(self.sweep, self.images, torch.device("cpu")))
+        for images, labels in self._held:
+            yield images.to(self.device), labels.to(self.device)
+
+
+def mixed_seed(*parts: int) -> int:
+    """Mix numbers, at least 0, into a seed of 64 bits."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0])
+
+
+def make_teacher(sweep: Sweep, dense: PrunableViT, train: Images, device: torch.device) -> Teacher:
+    """Let the dense model answer for a sweep's training images."""
+    data = sweep.data
+    return Teacher(
+        dense,
+        train,
+        augment=sweep.finetune.augment,
+        autocast=autocast_dtype(sweep.finetune.precision, device),
+        device=device,
+        folder=Path(data.cache_dir) if data.cache_dir is not None else default_cache(),
+        limit_gb=data.teacher_gb,
+        batch_size=data.batch_size,
+    )
 
 
 def trial_device(sweep: Sweep) -> torch.device:

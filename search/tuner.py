@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from pathlib import Path
 from typing import TextIO
 
 import ray
@@ -12,13 +13,31 @@ from ray import tune
 from ray.tune import CheckpointConfig, ResumeConfig
 
 from pruners import PrunableViT
+from pruners.learned import Learned
+from search.elastic import ElasticStart, tune_elastic
 from search.learning import LearningRun, learn_all
-from search.progress import Progress
+from search.moasha import MoAsha, RungState
+from search.progress import Progress, front_line
 from search.recorder import Recorder
-from search.results import Front, TrialRecord, build_front, write_front, write_trials
+from search.results import (
+    Front,
+    TrialRecord,
+    build_front,
+    read_front,
+    write_front,
+    write_trials,
+)
 from search.searcher import PlanSearcher
+from search.shards import find_shards
 from search.space import Space
-from search.sweep import Sweep, SweepError, SweepFailedError, sweep_toml
+from search.space_step import Parameters
+from search.sweep import (
+    Sweep,
+    SweepError,
+    SweepFailedError,
+    SweepInterruptedError,
+    sweep_toml,
+)
 from search.tracking import Tracker
 from search.trial import PlanTrial, TrialInputs, measure_on_test
 
@@ -27,6 +46,9 @@ TRIALS = "trials"
 
 DONE = "done"
 """File of a sweep's directory that says that it is finished."""
+
+ELASTIC_PLANS = 256
+"""Plans that are drawn for an elastic start; longer ones go through them again."""
 
 RAY_SETTINGS = {  # environment variables
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the recorder writes what is needed
@@ -41,37 +63,101 @@ def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) ->
     Ray must be connected. Everything is written below the sweep's directory.
 
     Raises:
-        SweepError: If the directory holds another sweep.
+        SweepError: If the directory holds another sweep, or `start_from` none.
+        SweepInterruptedError: If it was interrupted (Ctrl-C); the same call continues it.
     """
     concurrent = sweep.concurrency or most_trials_at_once(sweep)
+    earlier = earlier_front(sweep)
     resuming = prepare_directory(sweep)
     tracker = Tracker.open(sweep.tracking, sweep.directory, sweep.name, sweep_toml(sweep))
     progress = Progress(stream, trials=sweep.trials, epochs=sweep.epochs)
     space = with_learned(sweep, dense, space, tracker, progress)
+    start = elastic_start(sweep, dense, space, tracker, progress)
     recorder = Recorder(sweep, tracker, progress, resuming=resuming)
-    searcher = PlanSearcher(sweep, space)
-    run_trials(sweep, dense, searcher, recorder, concurrent, resuming=resuming)
+    searcher = PlanSearcher(sweep, space, earlier=earlier, val_images=val_images(sweep))
+    inputs = TrialInputs(sweep=sweep, dense=dense, start=start)
+    run_trials(inputs, searcher, recorder, concurrent, resuming=resuming)
+    if not searcher.finished or any(r.status == "running" for r in recorder.records.values()):
+        raise SweepInterruptedError(interrupted_line(sweep, list(recorder.records.values())))
+    progress.stopped(searcher.stopped)
     searcher.export_study(sweep.directory / "study.db")
     return finish(sweep, dense, recorder)
+
+
+def earlier_front(sweep: Sweep) -> list[Parameters]:
+    """Return the parameters of the front that a sweep starts from; none if it starts from none.
+
+    Raises:
+        SweepError: If there is no such front.
+    """
+    if sweep.start_from is None:
+        return []
+    try:
+        front = read_front(Path(sweep.start_from) / "front.json")
+    except (FileNotFoundError, ValueError) as error:
+        raise SweepError(f"start_from: {error}") from error
+    return [member.parameters for member in front.members]
+
+
+def val_images(sweep: Sweep) -> int:
+    """Return the number of validation images."""
+    data = sweep.data
+    return find_shards(data.val, data.image_column, data.label_column).rows
+
+
+def interrupted_line(sweep: Sweep, records: list[TrialRecord]) -> str:
+    """Say how far a sweep came, and how it goes on."""
+    ended = [r for r in records if r.status != "running"]
+    front = "no front yet"
+    if any(r.status == "dense" for r in ended):
+        front = f"the front so far: {front_line(build_front(ended, sweep.cost))}"
+    return (
+        f"interrupted after {len(ended)} trials; {front}. "
+        f"Everything is in {sweep.directory}; run the same command again to continue"
+    )
 
 
 def with_learned(
     sweep: Sweep, dense: PrunableViT, space: Space, tracker: Tracker, progress: Progress
 ) -> Space:
-    """Let the steps that learn do so, and return the space that knows what they propose."""
-    if not space.learners:
-        return space
+    """Let all steps learn or score, and return the space that knows what they propose."""
     runs: list[LearningRun] = []
 
     def ended(run: LearningRun) -> None:
         runs.append(run)
-        progress.learned(run.describe())
+        if run.learns:
+            progress.learned(run.describe())
 
-    progress.learning(space.learners)
+    if space.learners:
+        progress.learning(space.learners)
     learned = learn_all(sweep, dense, space.steps, ended, progress.still_learning)
     tracker.learned([dataclasses.asdict(run) for run in runs])
     progress.restart_clock()
     return Space(sweep, dense.shape(), learned)
+
+
+def elastic_start(
+    sweep: Sweep, dense: PrunableViT, space: Space, tracker: Tracker, progress: Progress
+) -> PrunableViT:
+    """Return the model that trials cut: the dense one, or the one that was tuned for cuts."""
+    if not sweep.elastic_epochs:
+        return dense
+    smallest, plans = space.draw(ELASTIC_PLANS, sweep.seed)
+    learned = {
+        rung.pruner: Learned.load(Path(rung.path))
+        for step in space.steps
+        for rung in step.rungs
+        if rung.path
+    }
+    start = ElasticStart(
+        epochs=sweep.elastic_epochs, smallest=smallest, plans=tuple(plans), learned=learned
+    )
+    progress.tuning_elastic()
+    run = tune_elastic(sweep, dense, start, progress.still_tuning_elastic)
+    progress.learned(run.describe())
+    tracker.elastic(dataclasses.asdict(run))
+    progress.restart_clock()
+    return PrunableViT.load(Path(run.path))
 
 
 def is_done(sweep: Sweep) -> bool:
@@ -110,8 +196,7 @@ def _refuse_another(sweep: Sweep) -> None:
 
 
 def run_trials(
-    sweep: Sweep,
-    dense: PrunableViT,
+    inputs: TrialInputs,
     searcher: PlanSearcher,
     recorder: Recorder,
     concurrent: int,
@@ -119,7 +204,11 @@ def run_trials(
     resuming: bool,
 ) -> None:
     """Let Ray Tune run the trials."""
-    inputs = TrialInputs(sweep=sweep, dense=dense)
+    sweep = inputs.sweep
+    scheduler, callbacks = None, [recorder]
+    if sweep.halving is not None:
+        scheduler = MoAsha(epochs=sweep.epochs, **sweep.halving.model_dump())
+        callbacks.append(RungState(scheduler))
     os.environ |= RAY_SETTINGS
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the recorder says what failed
     tune.run(
@@ -127,12 +216,15 @@ def run_trials(
         name=TRIALS,
         storage_path=str(sweep.directory.resolve()),
         search_alg=searcher,
-        num_samples=sweep.trials,
+        scheduler=scheduler,
+        num_samples=-1,  # the searcher says when there are no more
         max_concurrent_trials=concurrent,
         resources_per_trial=tune.PlacementGroupFactory([bundle(sweep)]),
         reuse_actors=True,
-        callbacks=[recorder],
-        checkpoint_config=CheckpointConfig(num_to_keep=1, checkpoint_frequency=1),
+        callbacks=callbacks,
+        checkpoint_config=CheckpointConfig(
+            num_to_keep=2, checkpoint_frequency=1
+        ),  # the snapshot may be one behind
         max_failures=sweep.max_failures,
         raise_on_failed_trial=False,
         trial_name_creator=_name,

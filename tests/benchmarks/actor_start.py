@@ -42,7 +42,13 @@ class Times(tune.Callback):
 def gaps(inputs: TrialInputs, reuse: bool, folder: str) -> list[float]:
     times, config = (
         Times(),
-        {"trial": "0001", "epochs": 0, "plan": {"steps": []}, "cost_ratio": 1.0},
+        {
+            "trial": "0001",
+            "origin": "search",
+            "epochs": 0,
+            "plan": {"steps": []},
+            "cost_ratio": 1.0,
+        },
     )
     tune.run(
         tune.with_parameters(PlanTrial, inputs=inputs),
@@ -79,7 +85,8 @@ def main() -> None:
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     with tempfile.TemporaryDirectory() as folder:
         sweep = tiny_data(folder)
-        inputs = TrialInputs(sweep=sweep, dense=check(sweep)[0])
+        dense, _ = check(sweep)
+        inputs = TrialInputs(sweep=sweep, dense=dense, start=dense)
         fresh, reused = (statistics.median(gaps(inputs, r, folder)) for r in (False, True))
     print(f"seconds from one trial's end to the next's, median of {TRIALS - 1}:")
     print(f"  an actor for each trial  {fresh:6.2f}")

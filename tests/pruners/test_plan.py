@@ -103,8 +103,16 @@ def test_what_was_learned_is_used_instead_of_learning_again(tiny) -> None:
     Plan(steps=(step, magnitude)).apply(vit, learned=learned)
     assert torch.equal(vit.blocks[0].mlp.fc1.weight, expected)
     assert "blocks.1.mlp.fc1" in vit.masks
-    with pytest.raises(ValueError, match="magnitude learns nothing; give no learned scores"):
-        Plan(steps=(magnitude,)).apply(tiny(), learned=learned)
+
+
+def test_known_scores_are_used_instead_of_scoring_again(tiny) -> None:
+    vit, site = tiny(), "blocks.0.mlp.neuron"
+    learned = Learned(scores={site: torch.arange(96.0).flip(0)})
+    expected = vit.blocks[0].mlp.fc1.weight[:48].clone()
+    Plan(steps=(Step(pruner=load_method("grouped"), thresholds={site: 0.5}),)).apply(
+        vit, learned=learned
+    )
+    assert torch.equal(vit.blocks[0].mlp.fc1.weight, expected)
 
 
 def test_later_steps_score_what_is_left(tiny, batches) -> None:

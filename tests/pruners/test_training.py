@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from pruners import Plan, Step, load_method
+from pruners import Plan, PrunableViT, Step, load_method
+from pruners.tokens import Tokens
 from pruners.training import (
     FineTuner,
     NonFiniteLossError,
@@ -108,9 +110,85 @@ def test_pure_distillation_ignores_the_labels(tiny, batches) -> None:
         assert torch.equal(first, second)
 
 
-def test_distilling_without_a_teacher_is_refused(tiny) -> None:
-    with pytest.raises(ValueError, match=r"distill is 0.5 but there is no teacher"):
-        FineTuner(tiny(), Recipe(distill=0.5), 3)
+DISTILLING = Recipe(epochs=2, lr=1e-3, distill=0.7, temperature=2.0, precision="float32")
+
+
+class Silent(nn.Module):
+    """A teacher that must not be asked."""
+
+    def tokens(self, images: torch.Tensor) -> None:
+        raise AssertionError("asked")
+
+
+def with_answers(teacher: PrunableViT, batches) -> list[tuple[torch.Tensor, ...]]:
+    with torch.no_grad():
+        return [(images, labels, teacher(images)) for images, labels in batches]
+
+
+def other_weights(vit: PrunableViT) -> PrunableViT:
+    """A student that has something to learn from the dense model."""
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.mul_(0.9)
+    return vit
+
+
+def test_answers_that_come_with_the_batches_train_as_the_teacher_does(tiny, batches) -> None:
+    teacher, asked, answered = tiny(), other_weights(tiny()), other_weights(tiny())
+    teacher.use_fused_attention(False)
+    live = FineTuner(asked, DISTILLING, 3, teacher)
+    known = FineTuner(answered, DISTILLING, 3)
+    taught = with_answers(teacher, batches)
+    plain = FineTuner(other_weights(tiny()), PLAIN, 3).train_epoch(batches)
+    first = live.train_epoch(batches)
+    assert first == known.train_taught(taught) != plain
+    assert live.train_epoch(batches) == known.train_taught(taught)
+    for ours, theirs in zip(answered.parameters(), asked.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_teacher_is_asked_only_for_batches_without_answers(tiny, batches) -> None:
+    teacher = tiny()
+    taught = with_answers(teacher, batches)
+    FineTuner(tiny(), DISTILLING, 3, Silent()).train_taught(taught)
+    unanswered = [(images, labels, None) for images, labels, _ in taught]
+    with pytest.raises(AssertionError, match="asked"):
+        FineTuner(tiny(), DISTILLING, 3, Silent()).train_taught([taught[0], *unanswered])
+    mixed, live = tiny(), tiny()
+    teacher.use_fused_attention(False)
+    mixed_loss = FineTuner(mixed, DISTILLING, 3, teacher).train_taught([taught[0], *unanswered[1:]])
+    live_loss = FineTuner(live, DISTILLING, 3, teacher).train_epoch(batches)
+    assert mixed_loss == pytest.approx(live_loss, rel=1e-5)
+
+
+def test_a_loss_on_tokens_asks_the_teacher_whatever_the_answers(tiny, batches) -> None:
+    teacher, vit = tiny(), tiny()
+    seen = []
+
+    def token_loss(tokens: Tokens, taught: Tokens | None) -> torch.Tensor:
+        seen.append((tokens, taught))
+        return tokens.x.new_zeros(())
+
+    vit.token_loss = token_loss
+    taught = with_answers(teacher, batches)
+    FineTuner(vit, DISTILLING, 3, teacher).train_taught(taught)
+    for (_, given), (images, _) in zip(seen, batches, strict=True):
+        torch.testing.assert_close(given.x, teacher.tokens(images).x)
+    with pytest.raises(ValueError, match="no teacher to ask for tokens, which token_loss compares"):
+        FineTuner(vit, DISTILLING, 3).train_taught(taught)
+
+
+def test_answers_do_not_matter_without_distillation(tiny, batches) -> None:
+    plain, taught = tiny(), tiny()
+    FineTuner(plain, PLAIN, 3).train_epoch(batches)
+    FineTuner(taught, PLAIN, 3, Silent()).train_taught(with_answers(tiny(), batches))
+    for ours, theirs in zip(taught.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_distilling_without_a_teacher_is_refused(tiny, batches) -> None:
+    with pytest.raises(ValueError, match=r"distill is 0.5 but there is no teacher .* logits; give"):
+        FineTuner(tiny(), Recipe(distill=0.5), 3).train_epoch(batches)
 
 
 def test_a_loss_that_is_not_finite_stops_by_name(tiny, batches) -> None:

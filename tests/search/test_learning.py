@@ -19,7 +19,7 @@ from search.learning import FOLDER, identity, learn_all, learn_once
 from search.results import read_front, read_trials
 from search.sweep import SweepFailedError, load_sweep
 from search.tracking import local_uri
-from search.trial import open_split
+from search.trial import calibration_batches, open_split
 
 QUICK = 'steps=[{method="x_pruner", mask_epochs=1, epochs=1}, {method="evit"}]'
 LEARNERS = [name for name in method_names() if isinstance(load_method(name), LearnedPruner)]
@@ -33,10 +33,12 @@ def test_what_is_learned_is_found_again_and_anything_decisive_changes_its_name(
     sweep_file: Path, tmp_path: Path
 ) -> None:
     sweep = load_sweep(sweep_file, [QUICK])
-    dense, _ = check(sweep)
+    dense, space = check(sweep)
     method = load_method("x_pruner", mask_epochs=1, epochs=1)
-    first = learn_once(sweep, dense, "x_pruner", method, tmp_path / "a")
-    again = learn_once(sweep, dense, "x_pruner", method, tmp_path / "a")
+    (first, own), (again, own_again) = (
+        learn_once(sweep, dense, space.steps[0], method, tmp_path / "a") for _ in range(2)
+    )
+    assert all((own.shares[site] == own_again.shares[site]).all() for site in own.shares)
     assert (first.reused, again.reused) == (False, True)
     assert (again.path, again.report) == (first.path, first.report)
     assert [path.name for path in (tmp_path / "a").iterdir()] == [Path(first.path).name]
@@ -59,9 +61,14 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(
     sweep_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = load_sweep(sweep_file, [QUICK])
-    dense, _ = check(sweep)
-    method = load_method("x_pruner", mask_epochs=2, epochs=1)
-    whole = Learned.load(Path(learn_once(sweep, dense, "x", method, tmp_path / "a").path))
+    dense, space = check(sweep)
+    step, method = space.steps[0], load_method("x_pruner", mask_epochs=2, epochs=1)
+
+    def learn(folder: str) -> Learned:
+        run, _ = learn_once(sweep, dense, step, method, tmp_path / folder)
+        return Learned.load(Path(run.path))
+
+    whole = learn("a")
     stages = type(method).learner
     begun: list[int] = []
 
@@ -80,9 +87,9 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(
 
     monkeypatch.setattr(type(method), "learner", learner)
     with pytest.raises(KeyboardInterrupt):
-        learn_once(sweep, dense, "x", method, tmp_path / "b")
+        learn("b")
     assert [path.suffix for path in (tmp_path / "b").iterdir()] == [".part"]
-    resumed = Learned.load(Path(learn_once(sweep, dense, "x", method, tmp_path / "b").path))
+    resumed = learn("b")
     assert begun == [0, 1, 1, 2]
     assert all(torch.equal(resumed.scores[s], whole.scores[s]) for s in whole.scores)
     assert [path.suffix for path in (tmp_path / "b").iterdir()] == [".safetensors"]
@@ -96,8 +103,27 @@ def test_what_is_still_learning_is_said(sweep_file: Path, monkeypatch: pytest.Mo
     runs, heard = [], []
     rungs = learn_all(sweep, dense, space.steps, runs.append, heard.append)
     assert heard
-    assert all(labels == ["x_pruner"] for labels in heard)
-    assert [run.label for run in runs] == list(rungs) == ["x_pruner"]
+    assert heard[-1] == ["x_pruner"]
+    assert {run.label: run.learns for run in runs} == {"x_pruner": True, "evit": False}
+    assert set(rungs) == {"x_pruner", "evit"}
+    assert (rungs["x_pruner"][0].path != "", rungs["evit"][0].path) == (True, "")
+
+
+def test_scores_of_the_dense_model_are_kept_like_what_is_learned(
+    sweep_file: Path, tmp_path: Path
+) -> None:
+    sweep = load_sweep(sweep_file, ['steps=[{method="grouped"}]'])
+    dense, space = check(sweep)
+    (step,) = space.steps
+    (first, _), (again, _) = (
+        learn_once(sweep, dense, step, step.pruner, tmp_path) for _ in range(2)
+    )
+    assert (first.reused, again.reused, first.path) == (False, True, again.path)
+    assert first.describe().startswith("grouped: scored in ")
+    batches = list(calibration_batches(sweep, open_split(sweep, dense, "train"), "cpu"))
+    expected = step.pruner.score(dense, batches)
+    scores = Learned.load(Path(first.path)).scores
+    assert all(torch.equal(scores[site], expected[site]) for site in expected)
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -115,7 +141,7 @@ def test_a_sweep_over_all_that_learn(sweep_file: Path, capsys: pytest.CaptureFix
     """Every learning method proposes first trials of its own; they share one front."""
     extra = {"x_pruner": ", mask_epochs=1, budgets=[0.6, 0.8]"}
     steps = [f'{{method="{name}", epochs=1{extra.get(name, "")}}}' for name in LEARNERS]
-    trials = 1 + 2 * (len(LEARNERS) + 1) + 3
+    trials = 2 * (2 * (len(LEARNERS) + 2))  # first plans are half of them at most
     sets = [f'steps=[{", ".join(steps)}, {{method="magnitude"}}]', f"trials={trials}"]
     assert main(["run", str(sweep_file), "--set", *sets]) == 0
     shown = capsys.readouterr().out
@@ -123,9 +149,9 @@ def test_a_sweep_over_all_that_learn(sweep_file: Path, capsys: pytest.CaptureFix
     records = read_trials(storage / "tiny" / "trials.parquet")
     assert [r.status for r in records] == ["dense", *["finished"] * (trials - 1)]
     files = list((storage / FOLDER).iterdir())
-    assert len(files) == len(LEARNERS) + 1
+    assert len(files) == len(LEARNERS) + 2  # two budgets of one, and magnitude's scores
     assert {path.suffix for path in files} == {".safetensors"}
-    assert shown.count(": learned in ") == len(files)
+    assert shown.count(": learned in ") == len(files) - 1
     ladder = [r for r in records if r.origin == "ladder"]
     assert {r.methods for r in ladder} >= set(LEARNERS)
     used = {
@@ -157,4 +183,4 @@ def test_a_sweep_over_all_that_learn(sweep_file: Path, capsys: pytest.CaptureFix
 
     # Another sweep over the same finds it all.
     assert main(["run", str(sweep_file), "--set", *sets[:1], "trials=3", 'name="second"']) == 0
-    assert capsys.readouterr().out.count("learned before") == len(files)
+    assert capsys.readouterr().out.count("learned before") == len(files) - 1

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from search.augment import Epoch
 from search.decode import ImageSpec
 from search.parquet import Images, open_images
 from search.shards import find_shards
@@ -164,6 +166,84 @@ def test_augmentation_changes_the_images_and_not_the_labels(source: Path, tmp_pa
     assert different.float().mean() > 0.9
 
 
+def test_an_epoch_decides_order_and_augmentation_with_the_seed(
+    source: Path, tmp_path: Path
+) -> None:
+    images = opened(source, tmp_path)
+    epochs = [
+        gather(images, 10, seed=seed, epoch=epoch, augment=True)
+        for seed, epoch in ((4, 1), (4, 2), (5, 1), (4, 1))
+    ]
+    assert torch.equal(epochs[0][0], epochs[3][0])
+    orders = [gather(images, 10, seed=s, epoch=e)[0] for s, e in ((4, 1), (4, 2), (5, 1))]
+    for first, second in itertools.combinations(range(3), 2):
+        assert not torch.equal(orders[first], orders[second])
+        assert not torch.equal(epochs[first][1], epochs[second][1])
+
+
+def numbered(images: Images, batch_size: int, **more) -> tuple[torch.Tensor, list[int]]:
+    batches = list(images.numbered(batch_size, **{"order": None, "views": None, **more}))
+    return torch.cat([b[0] for b in batches]), np.concatenate([b[2] for b in batches]).tolist()
+
+
+def shards_with_corrupt_images(tmp_path: Path) -> Path:
+    """Fifty images in three shards of several row groups, of which 3, 20 and 21 are corrupt."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    files: list[bytes | None] = [png(p) for p in PIXELS]
+    files[3], files[20], files[21] = b"broken", None, b""
+    for name, part in (("0", slice(0, 20)), ("1", slice(20, 23)), ("2", slice(23, 50))):
+        write_images(folder / f"{name}.parquet", files[part], LABELS[part], group=6)
+    return folder
+
+
+GOOD = [row for row in range(50) if row not in (3, 20, 21)]
+
+
+@pytest.mark.parametrize("cache_gb", [8.0, 0.0])
+def test_images_keep_the_numbers_of_their_rows(cache_gb: float, tmp_path: Path) -> None:
+    folder = shards_with_corrupt_images(tmp_path)
+    images = opened(folder, tmp_path, cache_gb=cache_gb, max_corrupt=3)
+    x, numbers = numbered(images, 7)
+    assert numbers == GOOD
+    torch.testing.assert_close(x, normalised(PIXELS[GOOD]), rtol=0, atol=1e-5)
+    shuffled, numbers = numbered(images, 1, order=Epoch(3, 1))
+    assert sorted(numbers) == GOOD != numbers
+    torch.testing.assert_close(shuffled, normalised(PIXELS[numbers]), rtol=0, atol=1e-5)
+    labels = torch.cat([b[1] for b in images.numbered(7, order=Epoch(3, 1), views=None)])
+    _, numbers = numbered(images, 7, order=Epoch(3, 1))
+    assert labels.tolist() == [LABELS[n] for n in numbers]
+
+
+def test_an_image_looks_the_same_in_an_epoch_whatever_else_is_asked(tmp_path: Path) -> None:
+    folder = shards_with_corrupt_images(tmp_path)
+    mapped, streamed = (opened(folder, tmp_path, cache_gb=gb, max_corrupt=9) for gb in (8.0, 0.0))
+    expected, rows = numbered(mapped, 16, views=Epoch(4, 2))
+    position = {row: i for i, row in enumerate(rows)}
+    for images, batch_size, order in (
+        (mapped, 16, Epoch(4, 2)),
+        (mapped, 5, Epoch(9, 1)),
+        (streamed, 7, None),
+        (streamed, 5, Epoch(9, 1)),
+    ):
+        x, numbers = numbered(images, batch_size, order=order, views=Epoch(4, 2))
+        assert torch.equal(x, expected[[position[n] for n in numbers]])
+    x, numbers = numbered(mapped, 16, views=Epoch(4, 3))
+    assert (x != expected).flatten(1).any(1).float().mean() > 0.8
+
+
+def test_a_cache_without_numbers_is_made_again(source: Path, tmp_path: Path) -> None:
+    expected = numbered(opened(source, tmp_path), 16)
+    (arrow,) = (tmp_path / "cache").glob("*.arrow")
+    table = pa.ipc.open_file(pa.memory_map(str(arrow))).read_all().drop_columns(["number"])
+    arrow.unlink()
+    with pa.OSFile(str(arrow), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    again = numbered(opened(source, tmp_path), 16)
+    assert torch.equal(again[0], expected[0])
+    assert again[1] == expected[1] == list(range(50))
+
+
 def test_wrong_sources_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="has no Parquet files; give a file, glob"):
         find_shards(str(tmp_path / "nothing"))
@@ -182,6 +262,9 @@ def test_wrong_sources_are_named(tmp_path: Path) -> None:
     empty = str(write_images(tmp_path / "e.parquet", [], []))
     with pytest.raises(ValueError, match="has no rows"):
         find_shards(empty)
+    unlabelled = str(write_images(tmp_path / "n.parquet", [png(PIXELS[0])] * 2, [1, None]))
+    with pytest.raises(ValueError, match="label is empty in 1 rows; give each image a label"):
+        opened(unlabelled, tmp_path)
     broken = str(write_images(tmp_path / "c.parquet", [b"x"], [1]))
     with pytest.raises(ValueError, match="no readable images"):
         opened(broken, tmp_path, max_corrupt=5)

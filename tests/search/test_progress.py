@@ -106,10 +106,34 @@ def test_the_table_shows_every_column_and_whole_plans() -> None:
     shown = stream.getvalue()
     assert max(map(len, shown.splitlines())) <= 100
     rows = [line.split() for line in shown.splitlines()]
-    assert ["0002", "60.0", "61.2", "0.8", "0.4", "2.50x", "1,000", "0.50", "12"] in rows
-    assert ["0001", "70.0", "-", "1.6", "0.8", "1.25x", "1,000", "0.50", "12"] in rows
-    assert ["dense", "80.0", "81.0", "2", "1", "1.00x", "1,000", "0.50", "12"] in rows
+    assert ["0002", "60.0", "61.2", "2", "0.8", "0.4", "2.50x", "1,000", "0.50", "12"] in rows
+    assert ["0001", "70.0", "-", "2", "1.6", "0.8", "1.25x", "1,000", "0.50", "12"] in rows
+    assert ["dense", "80.0", "81.0", "2", "2", "1", "1.00x", "1,000", "0.50", "12"] in rows
     assert long in " ".join(shown.split())
+
+
+def test_confirmed_members_show_mean_and_spread_and_what_may_be_luck() -> None:
+    members = [
+        record("0001", 0.5, 70.0),
+        record("0002", 0.75, 70.4),
+        *(
+            record(f"000{3 + i}", 0.5, top1, origin="confirm", of="0001")
+            for i, top1 in enumerate((68.0, 69.0))
+        ),
+        *(
+            record(f"000{5 + i}", 0.75, top1, origin="confirm", of="0002")
+            for i, top1 in enumerate((69.0, 69.4))
+        ),
+        record("0009", 0.25, 69.9),  # never confirmed
+    ]
+    front = build_front([DENSE, *members], "effective_gmacs")
+    stream = io.StringIO()
+    front_table(front, stream)
+    rows = [line.split() for line in stream.getvalue().splitlines()]
+    assert ["0001", "68.5", "±", "1.0", "-"] in [row[:5] for row in rows]
+    assert ["0002", "69.2", "±", "0.7~", "-"] in [row[:5] for row in rows]
+    assert not any(row[:1] == ["0009"] for row in rows)
+    assert "mean of 2 further seeds ± spread of all 3" in stream.getvalue()
 
 
 def test_front_line() -> None:

@@ -39,7 +39,7 @@ def test_shipped_sweeps_are_right(path: Path) -> None:
 
 def test_defaults(minimal: Path) -> None:
     sweep = load_sweep(minimal)
-    assert (sweep.cost, sweep.sampler, sweep.seed) == ("effective_gmacs", "tpe", 0)
+    assert (sweep.cost, sweep.sampler, sweep.seed) == ("effective_gmacs", "auto", 0)
     assert sweep.steps[0].options == {"scope": "layer"}
     assert sweep.directory == Path("results/a")
     with pytest.raises(ValidationError, match="frozen"):
@@ -77,7 +77,10 @@ def test_neither_torch_nor_ray_is_imported() -> None:
         ),
         ("steps=[{scope='layer'}]", r"steps\.0\.method is missing"),
         ("steps=[{method='evit', max_share=1.5}]", r"steps\.0\.max_share is 1\.5"),
-        ("cost='flops'", r"cost is 'flops'; input should be 'effective_gmacs' or 'gmacs'"),
+        (
+            "cost='flops'",
+            r"cost is 'flops'; input should be 'effective_gmacs', 'gmacs' or 'latency'",
+        ),
         ("finetune.distill=1.5", r"finetune\.distill is 1\.5"),
         ("finetune.lr=nan", r"finetune\.lr is nan"),
         ("resources.gpu=-1", r"resources\.gpu is -1"),
@@ -85,6 +88,23 @@ def test_neither_torch_nor_ray_is_imported() -> None:
         ("name=foo", r"--set name is foo, which is no TOML value; .*'name=\"foo\"'"),
         ("trials", r"--set 'trials' is no setting; give KEY=VALUE"),
         ("trials.x=3", r"trials is no table"),
+        ("halving.etta=4", r"halving\.etta is an unknown key; did you mean 'eta'\?"),
+        ("halving.zzz=4", r"halving\.zzz is an unknown key; there are eta, first, brackets"),
+        ("constraints.max_param=4", r"constraints\.max_param is .* did you mean 'max_params'\?"),
+        ("constraints.max_dorp=4", r"constraints\.max_dorp is .* did you mean 'max_drop'\?"),
+        ("max_hour=4", r"max_hour is an unknown key; did you mean 'max_hours'\?"),
+        ("halving.eta=1.0", r"halving\.eta is 1\.0; input should be greater than 1"),
+        ("halving.first=-1", r"halving\.first is -1"),
+        ("halving.brackets=0", r"halving\.brackets is 0"),
+        ("constraints.max_params=0", r"constraints\.max_params is 0"),
+        ("constraints.min_images_per_s=0", r"constraints\.min_images_per_s is 0"),
+        ("constraints.max_drop=inf", r"constraints\.max_drop is inf"),
+        ("max_hours=0", r"max_hours is 0"),
+        ("patience=-1", r"patience is -1"),
+        ("confirm=-1", r"confirm is -1"),
+        ("refine=1.0", r"refine is 1\.0; input should be less than 1"),
+        ("sampler='cmaes'", r"sampler is 'cmaes'; input should be 'auto', 'gp'"),
+        ("final_epochs=1", r"sweep has final_epochs = 1; give more than epochs = 1, or 0 for none"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(override: str, message: str, minimal: Path) -> None:
@@ -139,6 +159,91 @@ def test_overrides_win_in_order(minimal: Path) -> None:
 def test_labels_number_a_repeated_method(minimal: Path) -> None:
     steps = 'steps=[{method="grouped"}, {method="evit"}, {method="grouped", units=["qk_dim"]}]'
     assert load_sweep(minimal, [steps]).labels == ("grouped", "evit", "grouped-2")
+
+
+def test_tables_of_the_search_are_set_key_by_key(minimal: Path) -> None:
+    sweep = load_sweep(minimal)
+    assert sweep.halving is None
+    assert sweep.constraints.max_params is sweep.constraints.max_drop is None
+    sets = ["halving.eta=4", "constraints.max_drop=1.5", "constraints.max_params=5_000_000"]
+    sweep = load_sweep(minimal, sets)
+    assert (sweep.halving.eta, sweep.halving.first, sweep.halving.brackets) == (4.0, 1, 1)
+    assert (sweep.constraints.max_drop, sweep.constraints.max_params) == (1.5, 5_000_000)
+    assert sweep.constraints.min_images_per_s is None
+    assert load_sweep(minimal, ["halving={}"]).halving.eta == 3.0
+
+
+@pytest.mark.parametrize("measures", ["cost='latency'", "constraints.min_images_per_s=100"])
+def test_speed_is_not_measured_on_a_shared_gpu(measures: str, minimal: Path) -> None:
+    with pytest.raises(SweepError, match=r"measures speed on resources\.gpu = 0\.5, a shared GPU"):
+        load_sweep(minimal, [measures, "resources.gpu=0.5"])
+    for gpu in (0, 1, 2):
+        assert load_sweep(minimal, [measures, f"resources.gpu={gpu}"]).resources.gpu == gpu
+    assert load_sweep(minimal, ["resources.gpu=0.5", "constraints.max_drop=1"]).resources.gpu == 0.5
+
+
+def test_the_last_training_is_longer(minimal: Path) -> None:
+    with pytest.raises(SweepError, match=r"has final_epochs = 3; give more than epochs = 4"):
+        load_sweep(minimal, ["epochs=4", "final_epochs=3"])
+    assert load_sweep(minimal, ["epochs=4", "final_epochs=5"]).final_epochs == 5
+    assert load_sweep(minimal, ["epochs=4", "final_epochs=0"]).final_epochs == 0
+
+
+def maybe(some: st.SearchStrategy) -> st.SearchStrategy:
+    return st.one_of(st.none(), some)
+
+
+positive = st.floats(1e-9, 1e9)
+SEARCH = st.fixed_dictionaries(
+    {},
+    optional={
+        "halving": maybe(
+            st.fixed_dictionaries(
+                {},
+                optional={
+                    "eta": st.floats(1.5, 9.0),
+                    "first": st.integers(0, 9),
+                    "brackets": st.integers(1, 4),
+                },
+            )
+        ),
+        "constraints": st.fixed_dictionaries(
+            {},
+            optional={
+                "max_params": maybe(st.integers(1, 10**12)),
+                "min_images_per_s": maybe(positive),
+                "max_drop": maybe(positive),
+            },
+        ),
+        "cost": st.sampled_from(["effective_gmacs", "gmacs", "latency"]),
+        "sampler": st.sampled_from(["auto", "gp", "nsga2", "nsga3", "tpe", "random"]),
+        "start_from": maybe(st.sampled_from(["results/a", 'a b/"c"'])),
+        "elastic_epochs": st.integers(0, 9),
+        "refine": st.floats(0.0, 0.99),
+        "max_hours": maybe(positive),
+        "patience": st.integers(0, 99),
+        "min_growth": st.floats(0.0, 9.0),
+        "confirm": st.integers(0, 9),
+        "final_epochs": st.integers(2, 99),
+    },
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(search=SEARCH)
+def test_how_a_sweep_searches_is_written_and_read(search: dict, tmp_path_factory) -> None:
+    folder = tmp_path_factory.mktemp("sweep")
+    (folder / "minimal.toml").write_text(MINIMAL)
+    minimal = load_sweep(folder / "minimal.toml").model_dump(exclude_none=True)
+    sweep = Sweep.model_validate({**minimal, **search})
+    (folder / "a.toml").write_text(sweep_toml(sweep), encoding="utf-8")
+    again = load_sweep(folder / "a.toml")
+    assert again == sweep
+    for key in ("halving", "constraints"):
+        for name, value in (search.get(key) or {}).items():
+            assert getattr(getattr(again, key), name) == value
+    scalars = {k: v for k, v in search.items() if k not in ("halving", "constraints")}
+    assert {key: getattr(again, key) for key in scalars} == scalars
 
 
 text = st.text(st.characters(blacklist_categories=("Cs",)), max_size=12)

@@ -3,28 +3,38 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import search.trial
 from pruners import PrunableViT, ViTShape
 from pruners.training import evaluate
 from search.check import check
+from search.parquet import Images
 from search.searcher import PlanSearcher
 from search.sweep import load_sweep
+from search.teacher import PREFIX, Teacher
 from search.trial import (
     STATE,
     PlanTrial,
     TrialInputs,
     measure_on_test,
+    mixed_seed,
     open_split,
     trial_device,
 )
 
 
+def whole_inputs(sweep) -> TrialInputs:
+    dense, _ = check(sweep)
+    return TrialInputs(sweep=sweep, dense=dense, start=dense)
+
+
 @pytest.fixture
 def inputs(sweep_file: Path) -> TrialInputs:
     sweep = load_sweep(sweep_file, ["epochs=2", "seed=5"])
-    return TrialInputs(sweep=sweep, dense=check(sweep)[0])
+    return whole_inputs(sweep)
 
 
 @pytest.fixture
@@ -135,7 +145,7 @@ def test_the_dense_model_is_never_changed(inputs, configs) -> None:
 
 def test_a_loss_that_is_not_finite_fails_by_name(sweep_file: Path) -> None:
     sweep = load_sweep(sweep_file, ["finetune.lr=1e30", "finetune.warmup=0.0", "epochs=3"])
-    inputs = TrialInputs(sweep=sweep, dense=check(sweep)[0])
+    inputs = whole_inputs(sweep)
     searcher = PlanSearcher(sweep, check(sweep)[1])
     searcher.suggest("t0")
     last = run(trial(searcher.suggest("t1"), inputs))[-1]
@@ -155,7 +165,7 @@ def test_gpus_that_pytorch_cannot_use_are_named(sweep_file: Path, monkeypatch) -
 def test_a_ramped_step_ends_at_its_budget(sweep_file: Path) -> None:
     steps = 'steps=[{method="taylor", ramp_epochs=2}]'
     sweep = load_sweep(sweep_file, [steps, "epochs=3"])
-    inputs = TrialInputs(sweep=sweep, dense=check(sweep)[0])
+    inputs = whole_inputs(sweep)
     searcher = PlanSearcher(sweep, check(sweep)[1])
     searcher.suggest("t0")
     config = searcher.suggest("t1")
@@ -169,7 +179,7 @@ def test_a_ramped_step_ends_at_its_budget(sweep_file: Path) -> None:
 @pytest.mark.parametrize("method", ["obd", "fisher", "woodfisher", "mfac", "cap", "fast_cap"])
 def test_every_weight_method_runs_as_a_step(method: str, sweep_file: Path) -> None:
     sweep = load_sweep(sweep_file, [f'steps=[{{method="evit"}}, {{method="{method}"}}]'])
-    inputs = TrialInputs(sweep=sweep, dense=check(sweep)[0])
+    inputs = whole_inputs(sweep)
     searcher = PlanSearcher(sweep, check(sweep)[1])
     searcher.suggest("t0")
     last = run(trial(searcher.suggest("t1"), inputs))[-1]
@@ -183,7 +193,7 @@ def test_every_token_method_runs_as_a_step_and_resumes(
 ) -> None:
     steps = f'steps=[{{method="grouped"}}, {{method="{method}"}}, {{method="magnitude"}}]'
     sweep = load_sweep(sweep_file, [steps, "epochs=3"])
-    inputs = TrialInputs(sweep=sweep, dense=check(sweep)[0])
+    inputs = whole_inputs(sweep)
     searcher = PlanSearcher(sweep, check(sweep)[1])
     searcher.suggest("t0")
     config = searcher.suggest("t1")
@@ -202,3 +212,175 @@ def test_every_token_method_runs_as_a_step_and_resumes(
     assert run(resumed)[-1]["train_loss"] == expected[-1]["train_loss"]
     for ours, theirs in zip(weights(resumed), weights(straight), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def inputs_with(sweep_file: Path, *sets: str) -> TrialInputs:
+    sweep = load_sweep(sweep_file, ["epochs=2", "finetune.precision='float32'", *sets])
+    return whole_inputs(sweep)
+
+
+def answers_in(folder: Path) -> list[Path]:
+    return list((folder / "cache").glob(f"{PREFIX}*.npy"))
+
+
+def test_answers_from_disk_train_as_the_live_teacher_does(
+    sweep_file: Path, configs, tmp_path: Path
+) -> None:
+    live_inputs = inputs_with(sweep_file, "data.teacher_gb=0", "finetune.distill=0.9")
+    live = trial(configs[2], live_inputs)
+    expected = run(live)
+    alone = run(trial(configs[2], inputs_with(sweep_file, "finetune.distill=0.0")))
+    assert not answers_in(tmp_path)
+    known = trial(configs[2], inputs_with(sweep_file, "finetune.distill=0.9"))
+    results = run(known)
+    assert len(answers_in(tmp_path)) == 2
+    assert known.tuner.teacher is None
+    for ours, theirs, without in zip(results[1:], expected[1:], alone[1:], strict=True):
+        # Logits up to 4 are off by at most 2^-10, so the divergence of two outputs is by less.
+        assert ours["train_loss"] == pytest.approx(theirs["train_loss"], abs=1e-3)
+        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], abs=2e-3)
+        assert abs(without["train_loss"] - theirs["train_loss"]) > 0.05
+    for ours, theirs in zip(weights(known), weights(live), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=4e-3)
+
+
+def test_an_epochs_answers_serve_all_trials_and_actors(
+    sweep_file: Path, configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = inputs_with(sweep_file)
+    run(trial(configs[1], inputs))
+    monkeypatch.setattr(Teacher, "_ask", lambda *_: pytest.fail("the dense model was asked"))
+    last = run(trial(configs[2], inputs))[-1]
+    assert last["status"] == "finished"
+
+
+def streams(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.Tensor, list[int]]]:
+    """Batches that are trained on from here on."""
+    seen: list[tuple[torch.Tensor, list[int]]] = []
+    numbered = Images.numbered
+
+    def noting(self: Images, *args, **options):
+        for images, labels, rows in numbered(self, *args, **options):
+            if options["order"] is not None and options["views"] is not None:
+                seen.append((images, rows.tolist()))
+            yield images, labels, rows
+
+    monkeypatch.setattr(Images, "numbered", noting)
+    return seen
+
+
+def test_all_trials_see_the_same_images_in_the_same_epoch(
+    inputs, configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = streams(monkeypatch)
+    run(trial(configs[1], inputs))
+    first = seen[:]
+    seen.clear()
+    run(trial(configs[2], inputs))
+    assert len(first) == len(seen) == 10  # two epochs of five batches
+    for (ours, rows), (theirs, others) in zip(seen, first, strict=True):
+        assert rows == others
+        assert torch.equal(ours, theirs)
+    epochs = [[row for _, rows in first[part] for row in rows] for part in (slice(5), slice(5, 10))]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(80))
+    assert epochs[0] != epochs[1]
+    looks = [
+        {
+            row: image
+            for images, rows in first[part]
+            for row, image in zip(rows, images, strict=True)
+        }
+        for part in (slice(5), slice(5, 10))
+    ]
+    same = [torch.equal(looks[0][row], looks[1][row]) for row in range(80)]
+    assert np.mean(same) < 0.2
+
+
+def test_another_seed_of_the_configuration_is_another_stream_of_the_same_plan(
+    inputs, configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = streams(monkeypatch)
+    runs = []
+    for extra in ({}, {"seed": 0}, {"seed": 1}, {"seed": 1}):
+        one = trial({**configs[2], **extra}, inputs)
+        result = run(one)
+        runs.append((result, [rows for _, rows in seen], weights(one)))
+        seen.clear()
+    for first, second in ((0, 1), (2, 3)):
+        assert runs[first][1] == runs[second][1]
+        assert all(map(torch.equal, runs[first][2], runs[second][2]))
+    assert runs[0][1] != runs[2][1]
+    assert runs[0][0][-1]["train_loss"] != runs[2][0][-1]["train_loss"]
+    assert runs[0][0][0]["val_loss"] == runs[2][0][0]["val_loss"]  # the cut is the plan's
+
+
+def test_another_seed_of_the_sweep_is_another_stream(
+    sweep_file: Path, configs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = streams(monkeypatch)
+    orders = []
+    for seed in (1, 2):
+        run(trial(configs[1], inputs_with(sweep_file, f"seed={seed}")))
+        orders.append([rows for _, rows in seen])
+        seen.clear()
+    assert orders[0] != orders[1]
+
+
+def test_what_is_drawn_in_a_trial_is_its_own(inputs, configs) -> None:
+    drawn = []
+    for config in (configs[1], configs[2], configs[1], {**configs[1], "seed": 1}):
+        one = trial(config, inputs)
+        one.step()
+        next(one._train_batches())
+        drawn.append(torch.rand(1).item())
+    assert drawn[0] == drawn[2]
+    assert len(set(drawn)) == 3
+
+
+def test_a_loss_on_tokens_asks_the_teacher_live(sweep_file: Path, tmp_path: Path) -> None:
+    inputs = inputs_with(sweep_file, 'steps=[{method="dynamic_vit"}]')
+    searcher = PlanSearcher(inputs.sweep, check(inputs.sweep)[1])
+    searcher.suggest("t0")
+    one = trial(searcher.suggest("t1"), inputs)
+    run(one)
+    assert one.tuner.teacher is one.teacher.live
+    assert not answers_in(tmp_path)
+
+
+def test_scoring_reads_its_images_once_and_only_when_asked(
+    sweep_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    calibration_batches = search.trial.calibration_batches
+
+    def noting(*args):
+        read.append(args)
+        return calibration_batches(*args)
+
+    monkeypatch.setattr("search.trial.calibration_batches", noting)
+    plans = {
+        method: {"steps": [{"method": method, "options": {}, "thresholds": {site: 0.5}}]}
+        for method, site in (("magnitude", "blocks.0.mlp.fc1"), ("taylor", "blocks.1.mlp.fc1"))
+    }
+    config = {"trial": "0001", "epochs": 1, "cost_ratio": 0.9, "origin": "search"}
+    one = trial({**config, "plan": plans["magnitude"]}, inputs_with(sweep_file))
+    run(one)
+    assert not read
+    for count in range(2):
+        one.reset_config({**config, "plan": plans["taylor"]})
+        run(one)
+        assert len(read) == 1, count
+    held = list(one.calibration)
+    for (ours, labels), (theirs, others) in zip(
+        held, calibration_batches(one.sweep, one.train_images, one.device), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+        assert torch.equal(labels, others)
+
+
+def test_a_mixed_seed_depends_on_every_part_and_their_places() -> None:
+    parts = [(0, 0), (0, 1), (1, 0), (1, 0, 0, 1), (1, 0, 1, 0), (2**80, 3), (3, 2**80)]
+    seeds = {mixed_seed(*part) for part in parts}
+    assert len(seeds) == len(parts)
+    for seed in seeds:
+        torch.manual_seed(seed)  # accepts them all

@@ -15,7 +15,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
 
-from pruners import PrunableViT, ViTShape
+from pruners import PrunableViT, ViTShape, cost_of
 from pruners.training import evaluate
 from search.__main__ import main
 from search.check import check
@@ -24,6 +24,7 @@ from search.sweep import load_sweep
 from search.tracking import local_uri
 from search.trial import open_split
 from search.tuner import bundle, most_trials_at_once
+from tests.conftest import write_images
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 ROOT = Path(__file__).parents[2]
@@ -43,12 +44,13 @@ def test_a_sweep_from_command_to_front(
     records = read_trials(directory / "trials.parquet")
     assert [r.trial for r in records] == [f"{i:04d}" for i in range(7)]
     assert [r.status for r in records] == ["dense", *["finished"] * 6]
-    assert [r.origin for r in records] == ["dense", "ladder", "ladder", *["search"] * 4]
+    origins = ["dense", *["ladder"] * 3, "search", *["refined"] * 2]
+    assert [r.origin for r in records] == origins
     dense = records[0]
     for r in records[1:]:
         assert 0.5 <= r.effective_gmacs / dense.effective_gmacs <= 0.9
         assert [h["epoch"] for h in r.history] == [0, 1]
-    assert states(directory) == [TrialState.COMPLETE] * 6
+    assert states(directory) == [TrialState.COMPLETE] * 4  # Optuna is not asked for refined ones
 
     front = read_front(directory / "front.json")
     members = {m.trial: m for m in front.members}
@@ -118,7 +120,7 @@ def test_trials_that_fail_are_told_and_never_enter_the_front(
 def test_an_error_in_the_dense_trial_ends_the_sweep_by_name(
     sweep_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (sweep_file.parent / "cache").write_text("in the way")
+    write_images(sweep_file.parent / "val.parquet", [b"no image"] * 8, [0, 1, 2, 3, 4, 0, 1, 2])
     sets = ["trials=2", "max_failures=0"]
     assert main(["run", str(sweep_file), "--set", *sets]) == 1
     shown = capsys.readouterr()
@@ -166,7 +168,9 @@ def test_a_killed_driver_is_continued(sweep_file: Path) -> None:
     )
     assert shown.returncode == 0, shown.stderr
     records = {r.trial: r for r in read_trials(directory / "trials.parquet")}
-    assert [r.status for r in records.values()] == ["dense", *["finished"] * 7]
+    assert [r.status for r in records.values()] == ["dense", *["finished"] * 7], [
+        r.reason for r in records.values()
+    ]
     assert len({json.dumps(r.plan, sort_keys=True) for r in records.values()}) == 8
     # What had ended before Ray's last snapshot was not run again.
     again = [t for t in done if f"] {t} " in shown.stdout]
@@ -177,6 +181,100 @@ def test_a_killed_driver_is_continued(sweep_file: Path) -> None:
     client = MlflowClient(tracking_uri=local_uri(directory))
     runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id])
     assert len(runs) == 9  # no run twice
+
+
+def test_ctrl_c_ends_cleanly_and_the_same_command_continues(sweep_file: Path) -> None:
+    directory = sweep_file.parent / "results" / "tiny"
+    command = [sys.executable, "-m", "search", "run", str(sweep_file), "--set", "trials=6"]
+    import ray
+
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    driver = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and not (directory / "front.json").exists():
+        time.sleep(0.1)
+    driver.send_signal(signal.SIGINT)
+    _, said = driver.communicate(timeout=60)
+    assert driver.returncode == 130
+    assert "interrupted after " in said
+    assert "run the same command again to continue" in said
+    assert "Traceback" not in said
+    assert not (directory / "done").exists()
+    ended = {r.trial: r for r in read_trials(directory / "trials.parquet")}
+    again = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert again.returncode == 0, again.stderr
+    records = {r.trial: r for r in read_trials(directory / "trials.parquet")}
+    assert [r.status for r in records.values()] == ["dense", *["finished"] * 5]
+    for name, record in ended.items():
+        if record.status != "running":
+            assert records[name].seconds == record.seconds  # not run again
+
+
+def test_a_front_is_confirmed_and_trained_long(
+    sweep_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = ["trials=6", "confirm=2", "final_epochs=2", "elastic_epochs=1"]
+    sets += ['steps=[{method="grouped"}, {method="tome"}]', "halving={first=0, eta=2}"]
+    assert main(["run", str(sweep_file), "--set", *sets]) == 0
+    shown = capsys.readouterr().out
+    assert "elastic start: tuned in " in shown
+    directory = sweep_file.parent / "results" / "tiny"
+    records = read_trials(directory / "trials.parquet")
+    short = {r.trial: r for r in records if r.origin not in ("dense", "confirm", "final")}
+    assert len(short) == 5
+    assert {r.status for r in short.values()} <= {"finished", "stopped"}
+    confirmed = {r.of for r in records if r.origin == "confirm"}
+    long = [r for r in records if r.origin == "final"]
+    assert confirmed
+    for name in confirmed:
+        runs = [r for r in records if r.of == name and r.origin == "confirm"]
+        assert [r.seed for r in runs] == [1, 2]
+        assert all(r.plan == short[name].plan and r.epochs == 1 for r in runs)
+        assert (
+            len({r.history[1]["train_loss"] for r in runs} | {short[name].history[1]["train_loss"]})
+            == 3
+        )
+    assert {r.of for r in long} <= confirmed
+    assert all((r.epochs, r.status) == (2, "finished") for r in long)
+    front = read_front(directory / "front.json")
+    for member in front.members:
+        if member.epochs == 1:
+            tops = [r.val_top1 for r in records if r.of == member.trial and r.epochs == 1]
+            assert member.val_top1 == pytest.approx(sum(tops) / 2)
+            assert member.runs == 3
+        assert member.test_top1 is not None
+
+
+def test_a_sweep_starts_from_an_earlier_front_within_its_constraints(
+    sweep_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", str(sweep_file), "--set", "trials=4"]) == 0
+    results = sweep_file.parent / "results"
+    earlier = read_front(results / "tiny" / "front.json")
+    sets = [f'start_from="{results / "tiny"}"', 'name="second"', "trials=10", "seed=1"]
+    params = check(load_sweep(sweep_file))[0].shape()
+    most = int(0.8 * cost_of(params).params)
+    sets += [f"constraints.max_params={most}", "constraints.max_drop=90", 'cost="gmacs"']
+    assert main(["run", str(sweep_file), "--set", *sets]) == 0
+    records = read_trials(results / "second" / "trials.parquet")
+    started = [r for r in records if r.origin == "earlier"]
+    assert {json.dumps(r.parameters, sort_keys=True) for r in started} <= {
+        json.dumps(m.parameters, sort_keys=True) for m in earlier.members
+    }
+    for r in records[1:]:
+        assert (r.params > most) == ("max_params" in r.violates)
+    assert all(m.params <= most for m in read_front(results / "second" / "front.json").members)
+    assert main(["run", str(sweep_file), "--set", 'name="third"', 'start_from="nowhere"']) == 2
+    assert "start_from: nowhere/front.json does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,218 @@
+"""MO-ASHA for Ray Tune: stops trials that are not among the best of their cost at a rung.
+
+Asynchronous successive halving (Li et al., 2020, arXiv:1810.05934) in its stopping variant, for two
+objectives (Schmucker et al., 2021, arXiv:2106.12639). Who is among the best is decided in
+`search.rungs`; here is what Ray calls, and what must outlive it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler
+
+from search.milestones import milestones
+from search.rungs import AmongBest, bracket_of, bracket_weights, within_band
+
+NEVER_STOPPED = ("dense", "confirm", "final")
+"""Origins of trials that must run to their end; they are not compared with any other either."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RungResult:
+    """What a trial reported when it reached a rung, and whether it was let on."""
+
+    trial: str
+    bracket: int
+    epoch: int
+    cost_ratio: float  # share of the dense model's cost
+    val_top1: float  # percent
+    passed: bool
+
+
+class MoAsha(FIFOScheduler):
+    """Lets a trial go on past a rung if it is among the best 1/eta there.
+
+    A trial's bracket follows from its name alone. Brackets share no rung: later ones hedge against
+    early results that mislead, so their trials must not compete with survivors of these.
+
+    What was decided stands: a trial that comes to a rung again, because its process died or the
+    sweep was continued, hears what it heard before. Ray does not save schedulers; `RungState`
+    does it.
+    """
+
+    def __init__(
+        self,
+        *,
+        epochs: int,
+        first: int,
+        eta: float,
+        brackets: int,
+        among_best: AmongBest = within_band,
+    ) -> None:
+        """Set the rungs.
+
+        Args:
+            epochs: Full length of a trial.
+            first: Epoch of the first rung; 0 is before fine-tuning.
+            eta: One in eta goes on; each rung is eta times as long as the one before.
+            brackets: Bracket s leaves out the first s rungs.
+            among_best: Decides who goes on.
+
+        Raises:
+            ValueError: If a value is out of range.
+        """
+        super().__init__()
+        self.eta, self.among_best = eta, among_best
+        self.milestones = milestones(epochs, first, eta)
+        self.weights = bracket_weights(len(self.milestones), eta, brackets)
+        self.rungs: dict[tuple[int, int], dict[str, RungResult]] = {
+            (bracket, epoch): {}
+            for bracket in range(brackets)
+            for epoch in self.milestones[bracket:]
+        }
+        self.failed: set[str] = set()
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+        """Accept the run if it names no objective of its own: the two are known here."""
+        return metric is None and mode is None
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        """Count a trial's results again if it failed and is to run once more.
+
+        Ray calls this also for trials of a continued sweep that have ended.
+        """
+        if trial.status == Trial.PENDING:
+            self.failed.discard(trial.config["trial"])
+
+    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        """Count a trial no more; Ray adds it again if it has restarts left."""
+        self.failed.add(trial.config["trial"])
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """Stop a trial or let it go on.
+
+        Raises:
+            ValueError: If a value that is needed is missing, or not finite in a running trial.
+        """
+        config = trial.config
+        if config["origin"] in NEVER_STOPPED:
+            return self.CONTINUE
+        check_result(config["trial"], result)
+        if result["status"] != "running":  # it ends by itself
+            self._end(config["trial"], result)
+            return self.CONTINUE
+        passes = self._passes(config["trial"], result)
+        return self.CONTINUE if passes else self.STOP
+
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        """Count a trial no more if it ended because it failed."""
+        self._end(trial.config["trial"], result)
+
+    def debug_string(self) -> str:
+        """Return the rungs in a line: how many came, and how many of them went on."""
+        rungs = [
+            f"{bracket}/{epoch}: {sum(r.passed for r in rung.values())} of {len(rung)}"
+            for (bracket, epoch), rung in self.rungs.items()
+        ]
+        return (
+            f"MO-ASHA, bracket/epoch: {', '.join(rungs) or 'no rungs'}; {len(self.failed)} failed"
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Return what must outlive the process, as JSON values."""
+        results = [asdict(result) for rung in self.rungs.values() for result in rung.values()]
+        return {"results": results, "failed": sorted(self.failed)}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` returned.
+
+        Raises:
+            ValueError: If it holds a rung that this scheduler has not.
+        """
+        rungs: dict[tuple[int, int], dict[str, RungResult]] = {key: {} for key in self.rungs}
+        for values in state["results"]:
+            result = RungResult(**values)
+            if (result.bracket, result.epoch) not in rungs:
+                raise ValueError(
+                    f"trial {result.trial} came to epoch {result.epoch} in bracket "
+                    f"{result.bracket}, which is no rung; give the settings of the saved run"
+                )
+            rungs[result.bracket, result.epoch][result.trial] = result
+        self.rungs, self.failed = rungs, set(state["failed"])
+
+    def _end(self, name: str, result: dict[str, Any]) -> None:
+        if result.get("status") == "failed":
+            self.failed.add(name)
+
+    def _passes(self, name: str, result: dict[str, Any]) -> bool:
+        """Whether a trial goes on; at a rung, its result is recorded the first time it comes."""
+        bracket = bracket_of(int(name), self.weights)
+        rung = self.rungs.get((bracket, result["epoch"]))
+        if rung is not None and name not in rung:
+            rung[name] = RungResult(
+                trial=name,
+                bracket=bracket,
+                epoch=result["epoch"],
+                cost_ratio=float(result["cost_ratio"]),
+                val_top1=float(result["val_top1"]),
+                passed=self._among_best(rung, result),
+            )
+        # A trial may come past the rung that stopped it: Ray forgets a stop that it has not carried
+        # out when a process dies, and the trial's checkpoint may be of that very epoch.
+        return all(
+            self.rungs[bracket, epoch][name].passed
+            for epoch in self.milestones[bracket:]
+            if epoch <= result["epoch"] and name in self.rungs[bracket, epoch]
+        )
+
+    def _among_best(self, rung: dict[str, RungResult], result: dict[str, Any]) -> bool:
+        others = [r for r in rung.values() if r.trial not in self.failed]
+        costs = np.array([*(r.cost_ratio for r in others), result["cost_ratio"]], dtype=float)
+        top1s = np.array([*(r.val_top1 for r in others), result["val_top1"]], dtype=float)
+        return self.among_best(costs, top1s, len(others), self.eta)
+
+
+class RungState(tune.Callback):
+    """Carries a scheduler's rungs through Ray's snapshots of a sweep."""
+
+    def __init__(self, scheduler: MoAsha) -> None:
+        """Save and restore this scheduler."""
+        self.scheduler = scheduler
+
+    def get_state(self) -> dict[str, Any]:
+        """Return the rungs for Ray's snapshot."""
+        return self.scheduler.state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue from a snapshot."""
+        self.scheduler.load_state(state)
+
+
+def check_result(name: str, result: dict[str, Any]) -> None:
+    """Check that a trial's result can be compared with others.
+
+    Raises:
+        ValueError: If a value is missing, or not finite in a running trial.
+    """
+    for key in ("status", "epoch", "cost_ratio", "val_top1"):
+        if key not in result:
+            raise ValueError(f"a result of trial {name} has no {key}; report it after every epoch")
+    if result["status"] != "running":
+        return
+    for key in ("epoch", "cost_ratio", "val_top1"):
+        if not math.isfinite(result[key]):
+            raise ValueError(
+                f"{key} of trial {name} is {result[key]} after epoch {result['epoch']}; "
+                "report a finite number, or the trial as failed"
+            )
+    if result["cost_ratio"] <= 0:
+        raise ValueError(
+            f"cost_ratio of trial {name} is {result['cost_ratio']}; "
+            "report a share of the dense model's cost, above 0"
+        )

@@ -1,0 +1,132 @@
+"""Arms without a search: plans at budgets that are spread evenly, the coarse ones first.
+
+`uniform` cuts the same share everywhere. `own` takes each method's own allocation, all steps
+together and each alone; `own_together` only together. `curvature` ranks units once, over all
+layers, by the diagonal of the empirical Fisher matrix per MAC, as single-shot curvature methods do
+(SnapViT, NeurIPS 2025, is the manner; the score is `pruners.methods.fisher` summed over units);
+`curvature_tome` leaves half of it (the root of the budget) to ToMe.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+from anytime import Ended, coarse_to_fine
+from journal import Journal
+from quality_problem import HIGH, LOW, Bench, Stopwatch, tokens, units
+
+from pruners import Plan, PrunableViT, Step, load_method
+from search.own import own_shares
+from search.space import OutOfReachError, Space
+from search.space_step import Rung
+
+Cut = tuple[str, float, Callable[[], PrunableViT]]
+"""What it is, its cost as a share of the dense model's, and what makes the model."""
+
+OVERSHOOTS = 100
+"""Budgets, each a little larger, that are tried until a plan costs no less than `LOW`."""
+
+
+def run_ladder(bench: Bench, journal: Journal, cuts: Iterable[Cut]) -> None:
+    """Tune one cut after another, but for those that are in the journal."""
+    watch = Stopwatch()  # what happens before the first cut, scoring above all, is that cut's
+    for number, (what, cost, make) in enumerate(cuts):
+        if journal.find(number, what) is not None:
+            continue
+        vit = make()
+        before_s = watch.lap()
+        run = bench.tune(vit)
+        journal.add(
+            Ended(
+                number=number,
+                what=what,
+                cost=cost,
+                epochs=run.epochs,
+                top1=run.top1,
+                untuned=run.untuned,
+                before_s=before_s,
+                train_s=watch.lap(),
+            )
+        )
+
+
+def budgets(count: int) -> list[float]:
+    """Return budgets over the whole range, in the order in which they are tried."""
+    return [float(np.linspace(LOW, HIGH, count)[i]) for i in coarse_to_fine(count)]
+
+
+def uniform(bench: Bench, count: int) -> Iterator[Cut]:
+    """Cut the same share at all sites of all steps."""
+
+    def plan_of(share: float) -> Plan:
+        steps: tuple[Step, ...] = ()
+        for pruner in (units(), tokens()):
+            sites = pruner.sites(Plan(steps=steps).shape(bench.shape))
+            steps += (Step(pruner=pruner, thresholds=dict.fromkeys(sites, share)),)
+        return Plan(steps=steps)
+
+    plans = [plan_of(share) for share in np.linspace(0.0, 0.99, 1_000)]
+    costs = [bench.ratio(plan) for plan in plans]
+    inside = [(plan, cost) for plan, cost in zip(plans, costs, strict=True) if LOW <= cost <= HIGH]
+    for budget in budgets(count):
+        plan, cost = min(inside, key=lambda found: abs(found[1] - budget))
+        yield _cut(bench, plan, cost)
+
+
+def curvature(bench: Bench, count: int, *, tome: bool) -> Iterator[Cut]:
+    """Cut units by a global ranking, with merged patches beside it or without."""
+    ranking = load_method("grouped", criterion="fisher")
+    scores = bench.scored(ranking).scores
+
+    def plan_of(budget: float) -> Plan:
+        part = math.sqrt(budget) if tome else budget  # costs of steps multiply
+        own = ranking.allocate(bench.shape, scores, part * bench.dense_macs)
+        steps: tuple[Step, ...] = (Step(pruner=ranking, thresholds=own),)
+        if tome:
+            left = ranking.shrink(bench.shape, own)
+            merged = tokens().allocate(left, {}, budget * bench.dense_macs)
+            steps += (Step(pruner=tokens(), thresholds=merged),)
+        return Plan(steps=steps)
+
+    for budget in budgets(count):
+        yield _cut(bench, *_in_range(bench, budget, plan_of))
+
+
+def own(bench: Bench, count: int, *, together: bool) -> Iterator[Cut]:
+    """Cut as the methods themselves would: what a sweep tries first, at more budgets."""
+    kinds = 1 if together else 1 + len(bench.sweep.steps)
+    rungs_of_each = math.ceil(count / kinds)
+    sweep = bench.sweep.model_copy(update={"ladder": rungs_of_each})
+    plain = Space(sweep, bench.shape)
+    known = {}
+    for step in plain.steps:
+        scores = bench.scored(step.pruner).scores
+        shares = own_shares(step.pruner, bench.shape, scores, step.max_share)
+        known[step.label] = [Rung(pruner=step.pruner, own=shares)]
+    space = Space(sweep, bench.shape, known)
+    ladder = space.ladder()
+    ordered = []
+    for rung in coarse_to_fine(rungs_of_each):
+        alone = range(rungs_of_each + rung * (kinds - 1), rungs_of_each + (rung + 1) * (kinds - 1))
+        ordered += [ladder[place] for place in (rung, *alone)]
+    for parameters in ordered[:count]:
+        try:
+            proposal = space.propose(parameters)
+        except OutOfReachError:
+            continue
+        yield _cut(bench, proposal.plan, proposal.cost_ratio)
+
+
+def _in_range(bench: Bench, budget: float, plan_of: Callable[[float], Plan]) -> tuple[Plan, float]:
+    """Return the plan of a budget; of a slightly larger one if it costs less than is allowed."""
+    for overshoot in range(OVERSHOOTS):
+        plan = plan_of(budget * (1.0 + overshoot / 1_000))
+        if (cost := bench.ratio(plan)) >= LOW:
+            return plan, cost
+    raise OutOfReachError(f"no plan near {budget:.3f} costs {LOW} or more")
+
+
+def _cut(bench: Bench, plan: Plan, cost: float) -> Cut:
+    return f"{cost:.4f}x {plan.describe()}", cost, lambda: bench.cut(plan)

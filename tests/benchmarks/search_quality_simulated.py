@@ -1,0 +1,333 @@
+"""Samplers, spaces and halving on a surrogate of training: hypervolume over epochs, many seeds.
+
+    python tests/benchmarks/search_quality_simulated.py --trials 500 --seeds 10 --jobs 2
+
+The surrogate (`surrogate.py`) is fitted to real trials of the sample's ViT with `grouped` and
+`tome`, cost in MACs of dense kernels. Writes a table and a picture to --out; what is done is kept
+in a file there, and not simulated again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import optuna
+import torch
+from optuna.samplers import NSGAIISampler
+from surrogate import EPOCHS, Surrogate, errors
+from tuning import SAMPLE, SPEC, dense_model
+
+from pruners import Plan, Step, cost_of, load_method
+from search import pareto
+from search.moasha import MoAsha
+from search.own import own_shares
+from search.parquet import open_images
+from search.proposer import Proposer
+from search.space import Space
+from search.space_step import Rung
+from search.sweep import Sweep, load_sweep
+
+matplotlib.use("Agg")
+LOW, HIGH = 0.25, 0.97
+SWEEP = SAMPLE.parent / "sweeps" / "sample.toml"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A way to search.
+
+    Attributes:
+        space: Of this engine's steps; empty for raw shares without projection.
+        settings: Overrides of the sweep.
+        population: Of NSGA-II, where it is not this engine's.
+        most: Trials at most, where a sampler is too slow for more.
+        seeds: Seeds at most.
+    """
+
+    space: str = "residual"
+    settings: dict[str, str] = field(default_factory=dict)
+    population: int | None = None
+    most: int = 1_000_000
+    seeds: int = 1_000_000
+
+
+def arm(sampler: str, space: str = "residual", refine: float = 0.0, **more: str | int) -> Arm:
+    limits = {key: int(more.pop(key)) for key in ("most", "seeds", "population") if key in more}
+    settings = {"sampler": f'"{sampler}"', "refine": str(refine)}
+    return Arm(space=space, settings=settings | {k: str(v) for k, v in more.items()}, **limits)
+
+
+GP = {"most": 200, "seeds": 3}
+ARMS = {
+    "uniform ladder": Arm(space="ladder"),
+    "own allocations": Arm(space="own"),
+    "raw random": arm("random", space="", ladder=0),
+    "raw TPE": arm("tpe", space="", ladder=0),
+    "raw NSGA-II 20": arm("nsga2", space="", ladder=0),
+    "layer NSGA-II 20": arm("nsga2", space="layer"),
+    "tied NSGA-II 20": arm("nsga2", space="tied"),
+    "random": arm("random"),
+    "TPE": arm("tpe"),
+    "NSGA-II 20": arm("nsga2"),
+    "NSGA-II 50": arm("nsga2", population=50),
+    "NSGA-III 20": arm("nsga3"),
+    "GP": arm("gp", **GP),
+    "GP, refined 0.3": arm("gp", refine=0.3, **GP),
+    "GP, refined 0.6": arm("gp", refine=0.6, **GP),
+    "NSGA-II 20, refined 0.3": arm("nsga2", refine=0.3),
+    "NSGA-II 20, refined 0.6": arm("nsga2", refine=0.6),
+    "refined only": arm("nsga2", refine=0.95),
+    "refined 0.6, halving from 1": arm("nsga2", refine=0.6, halving="{first=1}"),
+    "refined 0.6, halving from 0": arm("nsga2", refine=0.6, halving="{first=0}"),
+}
+
+
+@lru_cache
+def known() -> tuple[Surrogate, dict[str, dict[str, torch.Tensor]]]:
+    """The surrogate, and the methods' scores of the dense model."""
+    torch.set_num_threads(1)
+    images = open_images(str(SAMPLE / "train.parquet"), SPEC)
+    batches = [b for _, b in zip(range(8), images.batches(64, seed=0, augment=False), strict=False)]
+    return Surrogate.fit(), {"grouped": load_method("grouped").score(dense_model(), batches)}
+
+
+def sweep_of(arm: Arm, trials: int, seed: int) -> Sweep:
+    kind = arm.space or "layer"
+    kind = kind if kind in ("residual", "layer", "tied") else "residual"
+    steps = ", ".join(f'{{method="{m}", space="{kind}"}}' for m in ("grouped", "tome"))
+    settings = {"ladder": "5", "epochs": str(EPOCHS)} | arm.settings
+    sets = [f"{key}={value}" for key, value in settings.items()]
+    sets += [f"steps=[{steps}]", 'cost="gmacs"', f"budget=[{LOW}, {HIGH}]"]
+    return load_sweep(SWEEP, [*sets, f"trials={trials + 1}", f"seed={seed}"])
+
+
+def space_of(sweep: Sweep) -> Space:
+    shape, (_, scores) = dense_model().shape(), known()
+    rungs = {}
+    for label, spec in zip(sweep.labels, sweep.steps, strict=True):
+        method = load_method(spec.method)
+        own = own_shares(method, shape, scores.get(label, {}), spec.max_share)
+        rungs[label] = [Rung(pruner=method, own=own)]
+    return Space(sweep, shape, rungs)
+
+
+Trial = tuple[int, float, float]
+"""Epochs spent, cost ratio and top-1 of a trial; top-1 is NaN if it was stopped."""
+
+
+def simulate(name: str, seed: int, trials: int) -> list[Trial]:
+    """Search with one arm and seed."""
+    arm = ARMS[name]
+    trials = min(trials, arm.most)
+    sweep = sweep_of(arm, trials, seed)
+    space = space_of(sweep)
+    if arm.space in ("ladder", "own"):
+        return list(ladder(space, trials, seed, uniform=arm.space == "ladder"))
+    search = raw if arm.space == "" else engine
+    proposer = Proposer(sweep=sweep, space=space)
+    if arm.population is not None:
+        proposer.study.sampler = NSGAIISampler(seed=seed, population_size=arm.population)
+    return list(search(proposer, trials, seed))
+
+
+def engine(proposer: Proposer, trials: int, seed: int) -> Iterator[Trial]:
+    """This engine: its proposer, and its halving where the sweep has one."""
+    surrogate, rng = known()[0], np.random.default_rng(1_000 + seed)
+    settings, halving = proposer.sweep.halving, None
+    if settings is not None:
+        halving = MoAsha(epochs=EPOCHS, **settings.model_dump())
+    for position in range(1, trials + 1):
+        label = f"{position:04d}"
+        _, proposal = proposer.ask(label, position)
+        curve = surrogate.curve(proposal.plan, rng)
+        spent = EPOCHS
+        if halving is not None:
+            spent = stopped_after(halving, label, proposal.cost_ratio, curve)
+        ended = spent == EPOCHS
+        proposer.tell(label, float(curve[-1]) if ended else None, proposal.cost_ratio)
+        yield spent, proposal.cost_ratio, float(curve[-1]) if ended else float("nan")
+
+
+def stopped_after(halving: MoAsha, label: str, cost: float, curve: np.ndarray) -> int:
+    """Return the epochs that a trial runs."""
+
+    class Running:
+        config = {"trial": label, "origin": "search"}  # noqa: RUF012
+
+    for epoch in range(EPOCHS):
+        result = {"status": "running", "epoch": epoch, "cost_ratio": cost}
+        result["val_top1"] = float(curve[epoch])
+        if halving.on_trial_result(None, Running(), result) == MoAsha.STOP:
+            return epoch
+    return EPOCHS
+
+
+def raw(proposer: Proposer, trials: int, seed: int) -> Iterator[Trial]:
+    """Shares of all sites as they are sampled; plans out of range are told, but cost no epochs."""
+    surrogate, rng = known()[0], np.random.default_rng(1_000 + seed)
+    study, space = proposer.study, proposer.space
+    done = tried = 0
+    while done < trials and tried < 20 * trials:
+        tried += 1
+        trial = study.ask()
+        steps = []
+        for method in ("grouped", "tome"):
+            pruner = load_method(method)
+            most = 0.5 if method == "tome" else 0.9
+            shares = {s: trial.suggest_float(s, 0.0, most) for s in pruner.sites(space.dense)}
+            steps.append(Step(pruner=pruner, thresholds=shares))
+        plan = Plan(steps=tuple(steps))
+        cost = cost_of(plan.shape(space.dense)).macs / space.dense_cost
+        if not LOW <= cost <= HIGH:
+            # A plan that is too small is as bad as chance; a dear one gains nothing.
+            study.tell(trial, [10.0, max(cost, HIGH)])
+            continue
+        top1 = float(surrogate.curve(plan, rng)[-1])
+        study.tell(trial, [top1, cost])
+        done += 1
+        yield EPOCHS, cost, top1
+
+
+def ladder(space: Space, trials: int, seed: int, *, uniform: bool) -> Iterator[Trial]:
+    """Plans without any search, coarse budgets first: one share everywhere, or own allocations."""
+    surrogate, rng = known()[0], np.random.default_rng(1_000 + seed)
+    order = [0.0, 1.0, *(p / 2**k for k in range(1, 12) for p in range(1, 2**k, 2))]
+    for place in order[:trials]:
+        budget = LOW + place * (HIGH - LOW)
+        parameters = {"budget": budget}
+        for step in space.steps:
+            parameters |= step.neutral(space.dense)
+        if uniform:
+            plan, cost = uniform_plan(space, budget)
+        else:
+            proposal = space.propose(parameters)
+            plan, cost = proposal.plan, proposal.cost_ratio
+        yield EPOCHS, cost, float(surrogate.curve(plan, rng)[-1])
+
+
+def uniform_plan(space: Space, budget: float) -> tuple[Plan, float]:
+    low, high, plan, cost = 0.0, 0.5, Plan(), 1.0
+    for _ in range(25):
+        share = (low + high) / 2
+        plan = Plan(
+            steps=tuple(
+                Step(pruner=p, thresholds=dict.fromkeys(p.sites(space.dense), share))
+                for p in (load_method("grouped"), load_method("tome"))
+            )
+        )
+        cost = cost_of(plan.shape(space.dense)).macs / space.dense_cost
+        low, high = (low, share) if cost <= budget else (share, high)
+    return plan, cost
+
+
+def volumes(trials: list[Trial], epochs: int, reference: float) -> np.ndarray:
+    """Return the hypervolume [epochs + 1] of what had ended after so many epochs."""
+    found = np.zeros(epochs + 1)
+    spent, points = 0, []
+    best = 0.0
+    for used, cost, top1 in trials:
+        spent += used
+        if np.isfinite(top1):
+            points.append((cost, top1 / 100.0))
+            best = pareto.hypervolume(
+                *zip(*points, strict=True), reference_cost=1.0, reference_accuracy=reference
+            )
+        if spent <= epochs:
+            found[spent:] = best
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=500)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--out", type=Path, default=Path("results/benchmarks"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    kept = args.out / f"search_quality_simulated-{args.trials}.jsonl"
+    done = {}
+    if kept.exists():
+        done = {tuple(r["key"]): r for r in map(json.loads, kept.read_text().splitlines())}
+    wanted = [
+        (name, seed) for seed in range(args.seeds) for name in args.arms if seed < ARMS[name].seeds
+    ]
+    with ProcessPoolExecutor(args.jobs) as pool, kept.open("a") as file:
+        start = time.time()
+        pending = {
+            pool.submit(timed, simulate, *key, args.trials): key
+            for key in wanted
+            if key not in done
+        }
+        for task in as_completed(pending):
+            seconds, trials = task.result()
+            key = pending[task]
+            done[key] = {"key": key, "seconds": seconds, "trials": trials}
+            file.write(json.dumps(done[key]) + "\n")
+            file.flush()
+            print(f"{time.time() - start:.0f} s: {key} took {seconds:.0f} s", flush=True)
+    report(args, {key: done[key] for key in wanted})
+
+
+def timed(what: Callable[..., list[Trial]], *given: object) -> tuple[float, list[Trial]]:
+    start = time.perf_counter()
+    result = what(*given)
+    return time.perf_counter() - start, result
+
+
+def report(args: argparse.Namespace, done: dict[tuple[str, int], dict]) -> None:
+    from matplotlib import pyplot
+
+    epochs = EPOCHS * args.trials
+    marks = [m for m in (32, 100, 200, 400, 1000) if m <= epochs]
+    lines = [
+        "surrogate: "
+        + "; ".join(
+            f"after epoch {e} rmse {rmse:.2f}, rank correlation {rho:.2f}"
+            for e, (rmse, rho) in enumerate(errors())
+        )
+    ]
+    lines += [
+        "",
+        "| arm | seeds | s per trial | " + " | ".join(f"{m} epochs" for m in marks) + " |",
+    ]
+    lines.append("|---" * (3 + len(marks)) + "|")
+    figure, axes = pyplot.subplots(figsize=(9, 6), dpi=120, layout="constrained")
+    for name in args.arms:
+        runs = [r for (arm, _), r in done.items() if arm == name]
+        curves = np.array([volumes(r["trials"], epochs, 0.5) for r in runs])
+        mean = curves.mean(axis=0)
+        error = curves.std(axis=0, ddof=min(1, len(runs) - 1)) / np.sqrt(len(runs))
+        spent = int(np.mean([sum(t[0] for t in r["trials"]) for r in runs]))
+        per_trial = np.mean([r["seconds"] / len(r["trials"]) for r in runs])
+        cells = [f"{mean[m]:.4f} ± {error[m]:.4f}" if m <= spent else "" for m in marks]
+        lines.append(f"| {name} | {len(runs)} | {per_trial:.3f} | " + " | ".join(cells) + " |")
+        x = np.arange(2, min(spent, epochs) + 1)
+        (line,) = axes.plot(x, mean[x], label=name)
+        axes.fill_between(
+            x, (mean - error)[x], (mean + error)[x], color=line.get_color(), alpha=0.2
+        )
+    axes.set(
+        xscale="log", xlabel="epochs of fine-tuning", ylabel="hypervolume above 50 % and below 1.0x"
+    )
+    axes.set_ylim(bottom=0.12)
+    axes.legend(fontsize=7, ncols=2)
+    figure.savefig(args.out / "search_quality_simulated.png")
+    text = "\n".join(lines) + "\n"
+    (args.out / "search_quality_simulated.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    main()

@@ -1,0 +1,308 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from search.rungs import (
+    BAND,
+    AmongBest,
+    Floats,
+    bracket_of,
+    bracket_weights,
+    net_positions,
+    ranks,
+    spread,
+    trend,
+    within_band,
+    within_net,
+)
+
+# Few different values, so that points coincide and share a cost or an accuracy.
+GRID = st.tuples(
+    st.integers(1, 8).map(lambda value: value / 10),
+    st.integers(0, 6).map(lambda value: 70.0 + value),
+)
+RUNGS = st.lists(GRID, min_size=1, max_size=30).map(lambda rows: np.array(rows).T)
+ETAS = st.sampled_from([1.5, 2.0, 2.5, 3.0, 4.0])
+
+
+def random_rung(n: int, seed: int) -> tuple[Floats, Floats]:
+    """Results of a rung: accuracy rises with cost and falls with how badly a plan is chosen."""
+    generator = np.random.default_rng(seed)
+    costs = generator.uniform(0.3, 0.8, n)
+    return costs, 76 + 10 * np.log(costs) - generator.exponential(2.0, n)
+
+
+def peeled(costs: Floats, top1s: Floats) -> list[int]:
+    """Non-domination ranks by definition, front by front."""
+    rank, left, level = [-1] * len(costs), set(range(len(costs))), 0
+    while left:
+        gone = {
+            i
+            for i in left
+            if not any(
+                costs[j] <= costs[i]
+                and top1s[j] >= top1s[i]
+                and (costs[j] < costs[i] or top1s[j] > top1s[i])
+                for j in left
+            )
+        }
+        for i in gone:
+            rank[i] = level
+        left, level = left - gone, level + 1
+    return rank
+
+
+def test_brackets_start_in_the_proportions_of_hyperband() -> None:
+    # Li et al., table 1: R = 81, eta = 3 starts 81, 27, 9, 6, 5 trials, rounded up from these.
+    weights = bracket_weights(4, 3.0, 5)
+    np.testing.assert_allclose(weights / weights[-1], [81 / 5, 27 / 4, 9 / 3, 3 / 2, 1])
+    assert weights.sum() == pytest.approx(1.0)
+    fewer = bracket_weights(4, 3.0, 2)
+    np.testing.assert_allclose(fewer[0] / fewer[1], (81 / 5) / (27 / 4))
+
+
+@pytest.mark.parametrize("brackets", [0, 4])
+def test_a_bracket_without_a_start_is_refused(brackets: int) -> None:
+    with pytest.raises(ValueError, match=f"brackets is {brackets}, with 2 rungs; give 1 <= brack"):
+        bracket_weights(2, 3.0, brackets)
+    assert len(bracket_weights(2, 3.0, 3)) == 3  # the last one runs at full length
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 9000), st.integers(5, 200), ETAS, st.integers(1, 5))
+def test_any_run_of_trials_is_spread_in_proportion(
+    start: int, count: int, eta: float, brackets: int
+) -> None:
+    weights = bracket_weights(4, eta, brackets)
+    chosen = [bracket_of(number, weights) for number in range(start, start + count)]
+    got = np.bincount(chosen, minlength=brackets)
+    assert len(got) == brackets
+    assert np.abs(got - count * weights).max() <= 3  # drawn at random: up to 3 sqrt(count) / 2
+
+
+def test_rank_is_not_sort_order() -> None:
+    # Unsorted, and no permutation that is its own inverse.
+    costs, top1s = np.array([0.2, 0.3, 0.1, 0.4]), np.array([70.0, 60.0, 75.0, 80.0])
+    assert ranks(costs, top1s).tolist() == [1, 2, 0, 0]
+
+
+def test_no_points_have_no_ranks() -> None:
+    assert ranks([], []).tolist() == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(RUNGS)
+def test_ranks_are_those_of_fronts_peeled_one_by_one(rung: Floats) -> None:
+    costs, top1s = rung
+    assert ranks(costs, top1s).tolist() == peeled(costs, top1s)
+
+
+@pytest.mark.parametrize("among_best", [within_band, within_net])
+@settings(max_examples=60, deadline=None)
+@given(rung=RUNGS, eta=ETAS, data=st.data())
+def test_the_order_of_arrival_does_not_matter(
+    among_best: AmongBest, rung: Floats, eta: float, data: st.DataObject
+) -> None:
+    costs, top1s = rung
+    order = np.array(data.draw(st.permutations(range(len(costs)))))
+    decided = [among_best(costs, top1s, i, eta) for i in range(len(costs))]
+    shuffled = [among_best(costs[order], top1s[order], i, eta) for i in range(len(costs))]
+    assert shuffled == [decided[i] for i in order]
+    assert any(decided)  # somebody may always go on
+    equal = {point: decided[i] for i, point in enumerate(zip(costs, top1s, strict=True))}
+    assert decided == [equal[point] for point in zip(costs, top1s, strict=True)]
+
+
+@pytest.mark.parametrize("among_best", [within_band, within_net])
+@pytest.mark.parametrize(("eta", "passing"), [(2.0, 2), (2.5, 2), (3.0, 3), (4.0, 4)])
+def test_the_first_eta_arrivals_pass(among_best: AmongBest, eta: float, passing: int) -> None:
+    # Each is worse and dearer than all before.
+    costs, top1s = np.array([0.3, 0.4, 0.5, 0.6, 0.7]), np.array([75.0, 74.0, 73.0, 72.0, 71.0])
+    decided = [among_best(costs[:n], top1s[:n], n - 1, eta) for n in range(1, 6)]
+    assert decided == [True] * passing + [False] * (5 - passing)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=30), ETAS)
+def test_at_one_cost_both_ways_are_plain_halving(values: list[int], eta: float) -> None:
+    top1s = np.array(values, dtype=float)
+    costs = np.full(len(values), 0.5)
+    for i, value in enumerate(values):
+        position = 1 + sum(other > value for other in values)
+        expected = len(values) <= eta or position <= len(values) / eta
+        assert within_band(costs, top1s, i, eta) == expected
+        assert within_net(costs, top1s, i, eta) == expected
+
+
+def test_the_cheapest_result_passes_however_bad() -> None:
+    costs, top1s = random_rung(30, seed=0)
+    cheapest = int(costs.argmin())
+    top1s[cheapest] = 1.0
+    assert within_band(costs, top1s, cheapest, 3.0)
+    second = int(np.argsort(costs)[1])
+    top1s[second] = 1.0
+    assert not within_band(costs, top1s, second, 3.0)
+    costs[second] = costs[cheapest]  # two cheapest ones are compared as all others are
+    assert not within_band(costs, top1s, second, 3.0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 60), st.integers(0, 200), st.floats(0.5, 40.0), ETAS)
+def test_a_trend_over_cost_changes_nobodys_standing(
+    n: int, seed: int, slope: float, eta: float
+) -> None:
+    generator = np.random.default_rng(seed)
+    costs = generator.uniform(0.3, 0.8, n)
+    # Accuracy rises with cost between any two results, so that no band's trend is cut off at 0.
+    top1s = np.cumsum(generator.exponential(1.0, n))[np.argsort(np.argsort(costs))]
+    steeper = top1s + slope * np.log(costs)
+    for i in range(n):
+        assert within_band(costs, steeper, i, eta) == within_band(costs, top1s, i, eta)
+
+
+@pytest.mark.parametrize("eta", [2.0, 3.0])
+def test_only_results_of_similar_cost_count(eta: float) -> None:
+    costs, top1s = random_rung(50, seed=1)
+    costs, top1s = costs[np.argsort(costs)], top1s[np.argsort(costs)]
+    width = math.ceil(BAND * eta)
+    changes = []
+    for i in range(1, 50):
+        near = np.argsort(np.abs(np.log(costs / costs[i])))[:width]
+        far = np.setdiff1d(np.arange(50), near)
+        decided = within_band(costs, top1s, i, eta)
+        for change in (-30.0, 30.0):
+            other = top1s.copy()
+            other[far] += change
+            assert within_band(costs, other, i, eta) == decided
+            other[near] += 2 * change * (near != i)  # and all of those near do
+            changes.append(within_band(costs, other, i, eta) != decided)
+    assert np.mean(changes) > 0.4
+
+
+def test_about_one_in_eta_is_kept_at_every_cost() -> None:
+    kept = np.zeros((40, 60), dtype=bool)
+    for seed in range(40):
+        costs, top1s = random_rung(60, seed)
+        order = np.argsort(costs)
+        costs, top1s = costs[order], top1s[order]
+        kept[seed] = [within_band(costs, top1s, i, 3.0) for i in range(60)]
+    thirds = kept[:, 1:-1].reshape(40, 2, 29).mean(axis=(0, 2))
+    assert np.all((thirds > 0.27) & (thirds < 0.40))
+
+
+def test_the_spread_of_residuals_may_differ_with_cost() -> None:
+    # Cheap plans differ ten times as much as dear ones: both halves still get their share.
+    kept = np.zeros((20, 60), dtype=bool)
+    for seed in range(20):
+        generator = np.random.default_rng(seed)
+        costs = np.sort(generator.uniform(0.3, 0.8, 60))
+        noise = generator.normal(0, np.where(np.arange(60) < 30, 5.0, 0.5))
+        kept[seed] = [
+            within_band(costs, 76 + 10 * np.log(costs) + noise, i, 3.0) for i in range(60)
+        ]
+    cheap, dear = kept[:, :30].mean(), kept[:, 30:].mean()
+    assert 0.28 < cheap < 0.42
+    assert 0.28 < dear < 0.42
+
+
+@pytest.mark.parametrize("slope", [0.0, 10.0, 100.0])
+def test_who_is_well_above_the_trend_passes_at_every_cost(slope: float) -> None:
+    costs = np.random.default_rng(6).permutation(np.geomspace(0.3, 0.8, 41))
+    kind = np.argsort(np.argsort(costs)) % 4  # of four neighbours, one well above, one well below
+    above = np.array([3.0, 0.0, -3.0, 0.1])[kind]
+    top1s = 70 + slope * np.log(costs) + above
+    for i in range(41):
+        if kind[i] == 0:
+            assert within_band(costs, top1s, i, 3.0)
+        if kind[i] == 2:
+            assert not within_band(costs, top1s, i, 3.0)
+
+
+def test_trend_is_the_slope_of_a_line() -> None:
+    x = np.array([0.3, -1.0, 2.0, 0.3, 1.1])
+    assert trend(x, 3.5 * x + 2.0) == pytest.approx(3.5)
+    assert trend(x, -3.5 * x) == 0.0
+    assert trend(np.full(4, 0.7), np.arange(4.0)) == 0.0
+    assert trend(np.zeros(1), np.zeros(1)) == 0.0
+
+
+def test_a_few_bad_plans_do_not_bend_the_trend() -> None:
+    x = np.linspace(0.0, 1.0, 12)
+    y = 3.0 * x + np.random.default_rng(3).normal(0, 0.1, 12)
+    y[[10, 11]] -= 20.0
+    assert abs(trend(x, y) - 3.0) < 1.0
+    assert np.polyfit(x, y, 1)[0] < -5.0  # a least-squares line is bent
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 20)), min_size=2, max_size=12))
+def test_trend_makes_residuals_least_dispersed(points: list[tuple[int, int]]) -> None:
+    # Jaeckel, 1972: the weighted median slope minimises the sum of |residual differences|.
+    x, y = np.array(points, dtype=float).T
+    pairs = [(i, j) for i, j in itertools.combinations(range(len(x)), 2) if x[i] != x[j]]
+
+    def dispersion(slope: float) -> float:
+        return sum(abs((y[i] - y[j]) - slope * (x[i] - x[j])) for i, j in pairs)
+
+    slopes = [(y[i] - y[j]) / (x[i] - x[j]) for i, j in pairs]
+    least = min((dispersion(max(0.0, slope)) for slope in slopes), default=0.0)
+    assert dispersion(trend(x, y)) == pytest.approx(least)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=12))
+def test_spread_goes_to_the_farthest_point(points: list[tuple[int, int]]) -> None:
+    array = np.array(points, dtype=float).reshape(-1, 2)
+    order = spread(array).tolist()
+    assert sorted(order) == list(range(len(points)))
+    assert order[:1] == [0][: len(points)]
+    for place in range(1, len(points)):
+        nearest = {
+            i: min(math.dist(points[i], points[j]) for j in order[:place])
+            for i in range(len(points))
+            if i not in order[:place]
+        }
+        assert nearest[order[place]] == max(nearest.values())
+        assert order[place] == min(i for i in nearest if nearest[i] == max(nearest.values()))
+
+
+def test_net_positions_by_hand() -> None:
+    # A front of four, unsorted, of which one is near the best; then a dominated point, twice.
+    costs = np.array([0.5, 0.1, 0.9, 0.3, 0.9, 0.88])
+    top1s = np.array([75.0, 60.0, 80.0, 71.0, 70.0, 79.5])
+    # 0.9/80 first, then the far end 0.1/60, then 0.3/71 or 0.5/75 by distance, 0.88/79.5 last.
+    scaled = np.column_stack([(costs - 0.1) / 0.8, (top1s - 60.0) / 20.0])
+    to = {i: min(math.dist(scaled[i], scaled[j]) for j in (2, 1)) for i in (0, 3)}
+    assert to[3] > to[0]
+    assert net_positions(costs, top1s).tolist() == [4, 2, 1, 3, 6, 5]
+    twice = np.r_[costs, 0.9], np.r_[top1s, 70.0]
+    assert net_positions(*twice).tolist() == [4, 2, 1, 3, 6, 5, 6]
+
+
+@settings(max_examples=60, deadline=None)
+@given(RUNGS)
+def test_net_positions_put_better_ranks_first(rung: Floats) -> None:
+    costs, top1s = rung
+    positions, rank = net_positions(costs, top1s), np.array(peeled(costs, top1s))
+    for i in range(len(costs)):
+        assert positions[i] > (rank < rank[i]).sum()
+        assert positions[i] <= (rank <= rank[i]).sum()
+    # Each position is one more than the number of results before, so none is given out twice.
+    assert sorted(positions) == sorted(1 + (positions < p).sum() for p in positions)
+    best = np.flatnonzero(rank == 0)
+    assert positions[best[top1s[best].argmax()]] == 1
+
+
+def test_the_net_does_not_depend_on_units() -> None:
+    costs = np.random.default_rng(7).uniform(0.3, 0.8, 30)
+    top1s = 80 - 20 * (1 - costs) ** 3  # one front
+    positions = net_positions(costs, top1s).tolist()
+    assert sorted(positions) == list(range(1, 31))
+    assert net_positions(1_000 * costs, top1s).tolist() == positions
+    assert net_positions(costs, 70 + top1s / 100).tolist() == positions
