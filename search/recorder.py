@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ from ray.tune.experiment import Trial
 
 from pruners import Plan
 from search.constraints import violated
+from search.growing_front import GrowingFront
+from search.journal import Journal
 from search.progress import Progress
-from search.results import TrialRecord, build_front, write_front, write_trials
+from search.results import TrialRecord, write_front, write_trials
 from search.sweep import Sweep, SweepFailedError
 from search.tracking import Tracker
 
@@ -34,20 +38,44 @@ METRICS = (
 """Keys of a trial's result that are metrics."""
 
 
+JOURNAL = "trials.jsonl"
+"""File of a sweep's directory that a trial's record is added to when it ends."""
+
+REST = 19.0
+"""How long the tables stay as they are, in multiples of the time that writing them took.
+
+They hold all trials, so that a larger sweep takes longer to write them: at most a twentieth of its
+time, however large it is.
+"""
+
+
 class Recorder(tune.Callback):
     """Keeps a `TrialRecord` per trial and writes it wherever people look.
 
-    Its state is saved with Ray's snapshot of the sweep, so that a continued sweep goes on with the
+    What ends is in the journal at once; the tables, which are written as a whole, follow. Ray's
+    snapshot of the sweep says how long the journal was, so that a continued sweep goes on with the
     same records and MLflow runs.
     """
 
     def __init__(
-        self, sweep: Sweep, tracker: Tracker, progress: Progress, *, resuming: bool = False
+        self,
+        sweep: Sweep,
+        tracker: Tracker,
+        progress: Progress,
+        *,
+        resuming: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Record into the sweep's directory, an open tracker and a terminal."""
-        self.sweep, self.tracker, self.progress = sweep, tracker, progress
+        self.sweep, self.tracker, self.progress, self.clock = sweep, tracker, progress, clock
         self.records: dict[str, TrialRecord] = {}
+        self.growing = GrowingFront(sweep.cost)
+        self.ended = 0
+        self.journal = Journal(sweep.directory / JOURNAL)
         self.must_restore = resuming
+        self.written, self.due = True, -math.inf  # of the tables: are they current, when again
+        if not resuming:
+            self.journal.cut(0)
 
     def setup(self, **info: Any) -> None:
         """Refuse to start from zero where a sweep was to be continued.
@@ -61,15 +89,21 @@ class Recorder(tune.Callback):
             )
 
     def get_state(self) -> dict[str, Any]:
-        """Return the records for Ray's snapshot."""
-        return {"records": [dataclasses.asdict(record) for record in self.records.values()]}
+        """Return what Ray's snapshot needs beside the journal; MLflow is as far as it."""
+        self.tracker.wait()
+        running = [dict(vars(r)) for r in self.records.values() if r.status == "running"]
+        return {"journal": self.journal.size, "running": running}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continue from a snapshot."""
-        records = [TrialRecord(**values) for values in state["records"]]
+        """Continue from a snapshot; what ended after it will run again."""
+        self.journal.cut(state["journal"])
+        records = [TrialRecord(**values) for values in (*self.journal.read(), *state["running"])]
         self.records = {record.trial: record for record in records}
+        ended = [record for record in self.records.values() if record.status != "running"]
+        self.growing.add(*ended)
+        self.ended = len(ended)
         self.must_restore = False
-        for record in records:
+        for record in self.records.values():
             self.progress.restored(record)
 
     def on_trial_start(
@@ -104,8 +138,15 @@ class Recorder(tune.Callback):
         )
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        """Let the terminal show that the sweep is alive."""
+        """Let the terminal show that the sweep is alive, and the tables follow."""
+        self._write_tables_if_due()
         self.progress.tick()
+
+    def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
+        """Write down the last trials; Ray calls this after an interrupt too."""
+        if not self.written:
+            self._write_tables()
+        self.tracker.wait()
 
     def _record(self, trial: Trial) -> TrialRecord:
         """Return the record of a trial; its first use opens it here and in MLflow."""
@@ -115,35 +156,54 @@ class Recorder(tune.Callback):
             self.tracker.start_trial(self.records[name])
         return self.records[name]
 
-    def _violates(self, record: TrialRecord) -> str:
-        """Say which constraints a trial that was tuned to its end violates."""
+    def _judged(self, record: TrialRecord, dense: TrialRecord | None) -> TrialRecord:
+        """Return a record that says which constraints it violates, if it was tuned to its end."""
         if record.status != "finished":
-            return ""
-        dense = next((r for r in self.records.values() if r.status == "dense"), None)
-        return violated(
+            return record
+        found = violated(
             self.sweep.constraints,
             params=record.params,
             images_per_s=record.images_per_s,
             drop=_drop(record, dense),
         )
+        return dataclasses.replace(record, violates=found)
 
     def _end(self, record: TrialRecord, status: str, trial: Trial) -> None:
         if record.origin == "dense" and status == "finished":
             status = "dense"
         checkpoint = _checkpoint_path(trial, self.sweep.directory)
         record = dataclasses.replace(record, status=status, checkpoint=checkpoint)
-        record = dataclasses.replace(record, violates=self._violates(record))
-        self.records[record.trial] = record
-        records = sorted(self.records.values(), key=lambda r: r.trial)
+        new = [self._judged(record, self.growing.dense)]
+        if status == "dense":  # what ended before it could not be compared with it
+            early = [r for r in self.records.values() if r.status == "finished"]
+            new += [self._judged(r, record) for r in early]
+        for changed in new:
+            self.records[changed.trial] = changed
+            self.journal.append(vars(changed))
+        self.ended += 1
         self.tracker.finish_trial(record)
+        first = [self.records[record.of]] if record.of in self.records else []
+        self.growing.add(*new, *first)
+        front = self.growing.front
+        if front is not None:
+            self.tracker.front_grew(front, self.ended)
+        self.written = False
+        self._write_tables_if_due()
+        self.progress.ended_with(new[0], front)
+
+    def _write_tables_if_due(self) -> None:
+        if not self.written and self.clock() >= self.due:
+            self._write_tables()
+
+    def _write_tables(self) -> None:
+        start = self.clock()
+        records = sorted(self.records.values(), key=lambda r: r.trial)
         write_trials(self.sweep.directory / "trials.parquet", records)
-        front = None
-        if any(r.status == "dense" for r in records):
-            front = build_front(records, self.sweep.cost)
+        front = self.growing.front
+        if front is not None:
             write_front(self.sweep.directory / "front.json", front)
-            ended = sum(r.status != "running" for r in records)
-            self.tracker.update_front(front, records, ended)
-        self.progress.ended_with(record, front)
+            self.tracker.update_front(front, records)
+        self.written, self.due = True, self.clock() + REST * (self.clock() - start)
 
 
 def _drop(record: TrialRecord, dense: TrialRecord | None) -> float | None:

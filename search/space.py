@@ -22,24 +22,12 @@ from optuna.samplers import RandomSampler
 from pruners import Plan, Step, ViTShape, cost_of
 from pruners.learned import LearnedPruner
 from pruners.sites import RAGGED
+from search.meet import Group, meet
 from search.space_step import Parameters, Rung, SpaceStep, refined, space_step
 from search.sweep import Sweep, SweepError
 
 NO_LEARNER = "none"
 """Value of the parameter `learner` in a trial without a step that learns."""
-
-TOLERANCE = 0.01
-"""Distance from the budget, as a share of it, within which what is sampled stays as it is."""
-
-CLOSE = 0.001
-"""Distance, as a share of it, at which the search for a plan that meets a budget ends."""
-
-HALVINGS = 24
-"""Most tries for a plan: finer than one unit of any site but the largest weight matrices."""
-
-
-Group = tuple[str, str]
-"""A step's label, and one of its groups of sites."""
 
 
 class OutOfReachError(ValueError):
@@ -56,16 +44,6 @@ class Proposal:
     """Cost after the plan as a share of the dense model's, in the sweep's chosen cost."""
     scores: str = ""
     """File of the scores (and learned weights) that the plan's first step cuts by, if there is."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Halving:
-    """Plans that turning some scales found: one that meets the budget, or those around it."""
-
-    plans: list[tuple[Plan, float]]
-    met: bool = False
-    above: dict[Group, float] | None = None
-    """Positions of the last plan that cost too much."""
 
 
 class Space:
@@ -202,11 +180,15 @@ class Space:
         ends = dict.fromkeys(self._groups(weights), 1.0)
         if self._ratio(self._plan(parameters, weights, ends)) > budget:
             weights = self._weights(parameters, all_join=True)
-        inside = [
-            (plan, ratio)
-            for plan, ratio in self._around(parameters, weights, budget)
-            if self.low <= ratio <= self.high
-        ]
+        groups = self._groups(weights)
+        found = meet(
+            groups,
+            lambda positions: self._costed(parameters, weights, positions),
+            budget,
+            self.low,
+            self.high,
+        )
+        inside = [(plan, ratio) for plan, ratio in found if self.low <= ratio <= self.high]
         if not inside:
             raise OutOfReachError(
                 f"no scale of these shares costs between {self.low} and {self.high} of dense"
@@ -216,55 +198,14 @@ class Space:
             parameters=parameters, plan=plan, cost_ratio=ratio, scores=self._scores(plan, budget)
         )
 
-    def _around(
-        self, parameters: Parameters, weights: Mapping[str, float], budget: float
-    ) -> list[tuple[Plan, float]]:
-        """Return plans with costs close to the budget, on both sides of it, with their costs.
-
-        First everything is scaled together. Where that jumps over the budget (units and tokens are
-        whole), one group of sites alone cuts what is missing, the finest that comes close enough.
-        """
-        groups = self._groups(weights)
-        whole = self._halve(parameters, weights, budget, dict.fromkeys(groups, 0.5), groups)
-        if whole.met or whole.above is None:
-            return whole.plans
-        found = list(whole.plans)
-        for group in reversed(groups):
-            alone = self._halve(parameters, weights, budget, whole.above, [group])
-            found += alone.plans
-            if alone.met:
-                return alone.plans
-        return found
-
-    def _halve(
+    def _costed(
         self,
         parameters: Parameters,
         weights: Mapping[str, float],
-        budget: float,
         positions: Mapping[Group, float],
-        moved: Sequence[Group],
-    ) -> _Halving:
-        """Turn the scales of some groups of sites until the plan's cost meets the budget.
-
-        A scale is t / (1 - t) for a position t in 0..1: at 1/2 sites are what is sampled, at 1 each
-        is at its `max_share`.
-        """
-        low, high = (0.0, 1.0) if len(moved) == len(positions) else (positions[moved[0]], 1.0)
-        ends: dict[str, tuple[Plan, float]] = {}
-        above = None
-        for _ in range(HALVINGS):
-            middle = (low + high) / 2
-            tried = {**positions, **dict.fromkeys(moved, middle)}
-            plan = self._plan(parameters, weights, tried)
-            ratio = self._ratio(plan)
-            near = CLOSE if ends else TOLERANCE
-            if abs(ratio - budget) <= near * budget and self.low <= ratio <= self.high:
-                return _Halving(plans=[(plan, ratio)], met=True)
-            if ratio <= budget:
-                ends["below"], high = (plan, ratio), middle
-            else:
-                ends["above"], low, above = (plan, ratio), middle, tried
-        return _Halving(plans=list(ends.values()), above=above)
+    ) -> tuple[Plan, float]:
+        plan = self._plan(parameters, weights, positions)
+        return plan, self._ratio(plan)
 
     def _plan(
         self,

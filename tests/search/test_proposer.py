@@ -244,9 +244,9 @@ def test_what_failed_is_told_as_failed(proposer) -> None:
 
 @pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2"])
 def test_no_trial_stays_running(sampler: str, proposer) -> None:
-    # Heads and tokens alone: many proposals cannot be met and are refused.
+    # Heads and tokens alone: half of what is sampled costs more or less than is asked for.
     steps = [{"method": "grouped", "units": ["head"]}, {"method": "evit"}]
-    p = proposer(sampler=sampler, steps=steps, budget=[0.6, 0.7], trials=20)
+    p = proposer(sampler=sampler, steps=steps, budget=[0.83, 0.86], trials=20)
     for i in range(1, 15):
         _, proposal = p.ask(f"{i:04d}", i)
         if i % 4 == 0:
@@ -256,6 +256,7 @@ def test_no_trial_stays_running(sampler: str, proposer) -> None:
             p.tell(f"{i:04d}", top1, proposal.cost_ratio)
     states = {t.state for t in told_to_optuna(p)}
     assert states == {TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL}
+    assert len(told_to_optuna(p)) >= 16
     assert p.asked == {}
 
 

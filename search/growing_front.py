@@ -1,0 +1,52 @@
+"""The front of a sweep while it grows: a trial that ends is compared with its members alone."""
+
+from __future__ import annotations
+
+from search.results import Front, TrialRecord, build_front
+
+
+class GrowingFront:
+    """The front of the records so far, at a cost that does not depend on how many there are.
+
+    What a member beats is beaten for good, so that it can be forgotten: the front of the members
+    and what is new is the front of everything. Only plans that are trained again are kept whatever
+    they came to, since their means decide.
+
+    Attributes:
+        dense: The dense model's record; None until it is measured.
+        front: As `build_front` returns it for all records; None until then too.
+    """
+
+    def __init__(self, cost: str) -> None:
+        """Start without records.
+
+        Args:
+            cost: What accuracy is traded against.
+        """
+        self.cost = cost
+        self.front: Front | None = None
+        self.dense: TrialRecord | None = None
+        self._points: dict[str, TrialRecord] = {}
+
+    def add(self, *records: TrialRecord) -> None:
+        """Take records of trials that ended.
+
+        With the record of a plan that was trained again must come that of its first training.
+        """
+        new = [record for record in records if record.status in ("finished", "dense")]
+        if not new:
+            return
+        for record in new:
+            if record.status == "dense":
+                self.dense = record
+            else:
+                self._points[record.trial] = record
+        if self.dense is None:
+            return
+        ordered = [self._points[trial] for trial in sorted(self._points)]  # for equal points
+        self.front = build_front([self.dense, *ordered], self.cost)
+        kept = {member.trial for member in self.front.members}
+        for record in ordered:
+            if record.origin in ("confirm", "final"):
+                kept |= {record.trial, record.of}
+        self._points = {trial: r for trial, r in self._points.items() if trial in kept}
