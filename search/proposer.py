@@ -29,6 +29,12 @@ OBJECTIVES = ["val_top1", "cost_ratio"]
 REFUSALS = 200
 """Proposals in a row that may be out of reach or known already before the sweep gives up."""
 
+CHANGED = 0.3
+"""Share of a front member's numbers that a refined proposal changes."""
+
+STEP = 0.15
+"""Standard deviation of these changes, as a share of the number's range."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Told:
@@ -93,8 +99,8 @@ class Proposer:
         self.study.set_user_attr("objectives", OBJECTIVES)
         self.finer = self.space.refined()
         self.rng = np.random.default_rng(self.sweep.seed)
-        half = max(self.sweep.ladder, self.sweep.trials // 2)
-        first = [("ladder", parameters) for parameters in self.space.ladder()[:half]]
+        most = max(self.sweep.ladder, self.sweep.trials // 4)
+        first = [("ladder", parameters) for parameters in self.space.ladder()[:most]]
         first += [("earlier", self._within(parameters)) for parameters in self.earlier]
         for origin, parameters in first:
             self.study.enqueue_trial(parameters, user_attrs={"origin": origin})
@@ -183,8 +189,8 @@ class Proposer:
             parameters = self.space.by_site(parameters)
         parameters["budget"] = budget
         ranges = {k: v for k, v in self.finer.ranges().items() if k != "budget"}
-        changes = self.rng.random(len(ranges)) < max(0.3, 1.0 / len(ranges))
-        steps = self.rng.normal(0.0, 0.15, len(ranges))
+        changes = self.rng.random(len(ranges)) < max(CHANGED, 1.0 / len(ranges))
+        steps = self.rng.normal(0.0, STEP, len(ranges))
         moved = zip(ranges.items(), changes, steps, strict=True)
         for (name, (low, high)), changed, step in moved:
             if changed:

@@ -175,8 +175,8 @@ class Recorder(tune.Callback):
         record = dataclasses.replace(record, status=status, checkpoint=checkpoint)
         new = [self._judged(record, self.growing.dense)]
         if status == "dense":  # what ended before it could not be compared with it
-            early = [r for r in self.records.values() if r.status == "finished"]
-            new += [self._judged(r, record) for r in early]
+            early = [r for r in self.records.values() if r.trial != record.trial]
+            new += [self._judged(r, record) for r in early if r.status == "finished"]
         for changed in new:
             self.records[changed.trial] = changed
             self.journal.append(vars(changed))

@@ -14,8 +14,8 @@ from optuna.samplers import (
     TPESampler,
 )
 
-GP_TRIALS = 300
-"""Trials up to which a Gaussian process finds the better front, and is quick enough."""
+TPE_TRIALS = 1_000
+"""Trials up to which TPE is asked: beyond, its suggestions take longer and longer."""
 
 POPULATION = 20
 """Size of a generation of NSGA-II and NSGA-III."""
@@ -32,7 +32,7 @@ def make_sampler(name: str, trials: int, seed: int) -> BaseSampler:
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if name == "auto":
-        name = "gp" if trials <= GP_TRIALS else "nsga2"
+        name = "tpe" if trials <= TPE_TRIALS else "nsga2"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         if name == "nsga2":

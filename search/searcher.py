@@ -25,7 +25,7 @@ from search.proposer import OBJECTIVES, Proposer, Told
 from search.space import Space
 from search.space_step import Parameters
 from search.stopping import why_stop
-from search.sweep import Sweep
+from search.sweep import Sweep, SweepFailedError
 
 Config = dict[str, Any]
 
@@ -143,16 +143,12 @@ class PlanSearcher(Searcher):
             seconds = self.seconds_before + self.clock() - self.start
             self.stopped = why_stop(self.sweep, self.asked, seconds, self.proposer.told)
         if not self.stopped:
-            origin, proposal = self.proposer.ask(name, self.asked)
-            return _config(
-                name,
-                origin,
-                epochs=self.sweep.epochs,
-                plan=proposal.plan.to_json(),
-                cost_ratio=proposal.cost_ratio,
-                learned=proposal.scores,
-                parameters=dict(proposal.parameters),
-            )
+            try:
+                return self._proposed(name)
+            except SweepFailedError as error:
+                if self.asked == 1:
+                    raise
+                self.stopped = str(error)  # what was found is trained again all the same
         while not self.waiting:
             if not self._later_phases():
                 return Searcher.FINISHED
@@ -160,6 +156,18 @@ class PlanSearcher(Searcher):
                 return None
             self._next_phase()
         return {**self.waiting.pop(0), "trial": name}
+
+    def _proposed(self, name: str) -> Config:
+        origin, proposal = self.proposer.ask(name, self.asked)
+        return _config(
+            name,
+            origin,
+            epochs=self.sweep.epochs,
+            plan=proposal.plan.to_json(),
+            cost_ratio=proposal.cost_ratio,
+            learned=proposal.scores,
+            parameters=dict(proposal.parameters),
+        )
 
     def _later_phases(self) -> list[str]:
         """Return the phases that are still to come."""

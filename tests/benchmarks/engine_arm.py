@@ -11,8 +11,8 @@ from pruners.learned import Learned
 from search.check import check
 from search.elastic import PASSES
 from search.learning import FOLDER
-from search.results import TrialRecord, read_trials
 from search.milestones import milestones
+from search.results import TrialRecord, read_trials
 from search.sweep import Sweep
 from search.tuner import is_done, run_sweep
 

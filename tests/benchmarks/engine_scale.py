@@ -3,13 +3,16 @@
     python tests/benchmarks/engine_scale.py
 
 Trials are made up (`simulated.py`), with the plans of the sample sweep, four at once, three epochs
-each, MO-ASHA and MLflow in SQLite. Up to `--ray` trials, Ray Tune itself runs them. Up to
+each, with MO-ASHA, and MLflow in SQLite. Up to `--ray` trials, Ray Tune itself runs them. Up to
 `--trials`, searcher, scheduler, recorder and MLflow are fed directly, in the order in which Ray
-2.60 calls them: that leaves out Ray's own work, which would take an hour. A row covers the trials
-since the row before. Seconds are the driver's processor time, which other processes disturb less
-than the clock; memory is what the driver's resident set grew by. The snapshot is what Ray saves of
-searcher, rungs and recorder, measured once per row and not counted in it: Ray takes one every 10 s
-at most, and spends no more than a twentieth of the time on them.
+2.60 calls them: that leaves out Ray's own work, and the hour that it would take. A row covers the
+trials since the row before; the first, in which libraries load, is left out of the comparison.
+
+Milliseconds are the driver's processor time, which other processes disturb less than the clock;
+what has a thread of its own (MLflow, and Ray's) is what the main thread did not take. Memory is
+what the resident set grew by. A snapshot is what Ray saves of searcher, rungs and recorder, here
+measured once per row and not counted in it; that Ray spends no more than a twentieth of the time on
+them is its own affair, and asks that `run_trials` does not force them.
 """
 
 from __future__ import annotations
@@ -17,7 +20,6 @@ from __future__ import annotations
 import argparse
 import gc
 import io
-import logging
 import os
 import pickle
 import random
@@ -36,13 +38,12 @@ from matplotlib.figure import Figure
 from simulated import SimulatedTrial, made_up
 
 import search.tuner
-from pruners import PrunableViT, ViTShape
+from pruners import PrunableViT
 from search.check import check
 from search.moasha import MoAsha, RungState
 from search.progress import Progress
 from search.recorder import Recorder
 from search.searcher import PlanSearcher
-from search.space import Space
 from search.sweep import Sweep, load_sweep, sweep_toml
 from search.tracking import Tracker
 from search.trial import TrialInputs
@@ -50,6 +51,8 @@ from search.trial import TrialInputs
 ROOT = Path(__file__).parents[2]
 CONCURRENT = 4
 EPOCHS = 3
+ROWS = (100, 300, 1_000, 2_000, 5_000)
+PARTS = ("searcher", "scheduler", "records", "MLflow")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,16 +60,18 @@ class Row:
     """What trials cost the driver, on average.
 
     Attributes:
+        by: What called the engine's parts.
         trials: Trials that had ended.
-        seconds: Per trial and part, of the processor.
-        wall: Seconds per trial by the clock.
+        ms: Part -> milliseconds per trial, of the processor; "all" is their sum and the rest.
+        wall_ms: Milliseconds per trial by the clock.
         kilobytes: That the resident set grew by, per trial.
-        snapshot_s: Of one snapshot of our own state.
+        snapshot_s: Seconds of one snapshot of the engine's own state.
     """
 
+    by: str
     trials: int
-    seconds: dict[str, float]
-    wall: float
+    ms: dict[str, float]
+    wall_ms: float
     kilobytes: float
     snapshot_s: float
 
@@ -74,28 +79,32 @@ class Row:
 class Meter:
     """Takes the time of calls by part, and a row whenever enough trials have ended."""
 
-    def __init__(self, sizes: list[int], snapshot: Callable[[], None]) -> None:
-        self.sizes, self.snapshot = list(sizes), snapshot
-        self.spent: Counter[str] = Counter()
+    def __init__(
+        self, by: str, sizes: list[int], settle: Callable[[], None], snapshot: Callable[[], None]
+    ) -> None:
+        self.by, self.sizes, self.settle, self.snapshot = by, list(sizes), settle, snapshot
         self.inner = [0.0]
         self.rows: list[Row] = []
         self.ended = 0
 
     def start(self) -> None:
         gc.collect()
-        self.before = time.process_time(), time.perf_counter(), resident()
-        self.first, self.spent = self.ended, Counter()
+        self.spent: Counter[str] = Counter()
+        self.first, self.before = self.ended, self.now()
+
+    def now(self) -> tuple[float, float, float]:
+        return time.process_time(), time.thread_time(), time.perf_counter()
 
     def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
         """Count a call for a part, less the calls in it that count for other ones."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             self.inner.append(0.0)
-            start = time.process_time()
+            start = time.thread_time()
             try:
                 return call(*args, **kwargs)
             finally:
-                took = time.process_time() - start
+                took = time.thread_time() - start
                 self.spent[part] += took - self.inner.pop()
                 self.inner[-1] += took
 
@@ -106,20 +115,25 @@ class Meter:
         if not self.sizes or self.ended < self.sizes[0]:
             return
         self.sizes.pop(0)
-        cpu, wall = time.process_time() - self.before[0], time.perf_counter() - self.before[1]
+        self.settle()
+        cpu, main, wall = (b - a for a, b in zip(self.before, self.now(), strict=True))
         gc.collect()
-        grown, count = resident() - self.before[2], self.ended - self.first
-        start = time.process_time()
+        size, count = resident(), self.ended - self.first
+        grown = size - self.rows_end if self.rows else 0
+        self.rows_end = size
+        start = time.thread_time()
         self.snapshot()
+        seconds = {"all": cpu - self.spent.pop("made up", 0.0), **self.spent, "MLflow": cpu - main}
         row = Row(
+            by=self.by,
             trials=self.ended,
-            seconds={"all": cpu / count} | {k: v / count for k, v in self.spent.items()},
-            wall=wall / count,
+            ms={part: 1e3 * took / count for part, took in seconds.items()},
+            wall_ms=1e3 * wall / count,
             kilobytes=grown / count / 1024,
-            snapshot_s=time.process_time() - start,
+            snapshot_s=time.thread_time() - start,
         )
         self.rows.append(row)
-        print(row, flush=True)
+        print(line(row), flush=True)
         self.start()
 
 
@@ -139,7 +153,7 @@ class Metered(Recorder):
 
     meter: Meter
 
-    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         super().on_trial_complete(iteration, trials, trial, **info)
         self.meter.end_trial()
 
@@ -155,50 +169,52 @@ class Engine:
     recorder: Metered
     meter: Meter
 
-    @classmethod
-    def build(cls, folder: str, trials: int, sizes: list[int], sampler: str) -> Engine:
-        sets = [
-            f"storage='{folder}'",
-            f"trials={trials}",
-            f"epochs={EPOCHS}",
-            f"sampler='{sampler}'",
-            "halving={}",
-        ]
-        sweep = load_sweep(ROOT / "search" / "sweeps" / "sample.toml", sets)
-        dense, space = check(sweep)
-        sweep.directory.mkdir(parents=True)
-        tracker = Tracker.open(None, sweep.directory, sweep.name, sweep_toml(sweep))
-        searcher, scheduler = PlanSearcher(sweep, space), None
-        scheduler = MoAsha(epochs=sweep.epochs, **sweep.halving.model_dump())
 
-        def snapshot() -> None:
-            searcher.save(str(sweep.directory / "searcher.pkl"))
-            states = [recorder.get_state(), RungState(scheduler).get_state()]
-            (sweep.directory / "callbacks.pkl").write_bytes(pickle.dumps(states))
+def engine_of(by: str, folder: str, trials: int, sampler: str) -> Engine:
+    sets = [
+        f"storage='{folder}'",
+        f"name='{by}'",
+        f"trials={trials}",
+        f"epochs={EPOCHS}",
+        f"sampler='{sampler}'",
+        "halving={}",
+    ]
+    sweep = load_sweep(ROOT / "search" / "sweeps" / "sample.toml", sets)
+    dense, space = check(sweep)
+    sweep.directory.mkdir(parents=True)
+    tracker = Tracker.open(None, sweep.directory, sweep.name, sweep_toml(sweep))
+    searcher = PlanSearcher(sweep, space)
+    assert sweep.halving is not None
+    scheduler = MoAsha(epochs=sweep.epochs, **sweep.halving.model_dump())
+    progress = Progress(io.StringIO(), trials=trials, epochs=EPOCHS)
+    recorder = Metered(sweep, tracker, progress)
 
-        meter = Meter(sizes, snapshot)
-        progress = Progress(io.StringIO(), trials=trials, epochs=EPOCHS)
-        recorder = Metered(sweep, Parts(tracker, meter, "MLflow"), progress)
-        recorder.meter = meter
-        return cls(
-            sweep=sweep,
-            dense=dense,
-            searcher=searcher,
-            scheduler=scheduler,
-            recorder=recorder,
-            meter=meter,
-        )
+    def snapshot() -> None:
+        searcher.save(str(sweep.directory / "searcher.pkl"))
+        states = [recorder.get_state(), RungState(scheduler).get_state()]
+        (sweep.directory / "callbacks.pkl").write_bytes(pickle.dumps(states))
+
+    sizes = [*(size for size in ROWS if size < trials), trials]
+    recorder.meter = Meter(by, sizes, tracker.wait, snapshot)
+    return Engine(
+        sweep=sweep,
+        dense=dense,
+        searcher=searcher,
+        scheduler=scheduler,
+        recorder=recorder,
+        meter=recorder.meter,
+    )
 
 
-def feed(engine: Engine) -> list[Row]:
+def feed(engine: Engine) -> None:
     """Call searcher, scheduler and recorder as Ray's controller does."""
     meter, shape = engine.meter, engine.dense.shape()
     searcher = Parts(engine.searcher, meter, "searcher")
     scheduler = Parts(engine.scheduler, meter, "scheduler")
     recorder = Parts(engine.recorder, meter, "records")
-    make = meter.timed("(made up)", made_up)
+    make = meter.timed("made up", made_up)
     running: list[Any] = []
-    ended, rng = 0, random.Random(0)
+    rng = random.Random(0)
     meter.start()
     while True:
         while len(running) < CONCURRENT:
@@ -213,7 +229,7 @@ def feed(engine: Engine) -> list[Row]:
             recorder.on_trial_start(0, [], trial)
             running.append(trial)
         if not running:
-            return meter.rows
+            return
         trial = rng.choice(running)
         trial.epoch += 1
         result = make(trial.config, shape, trial.epoch)
@@ -229,15 +245,12 @@ def feed(engine: Engine) -> list[Row]:
         recorder.on_step_end(0, [])
 
 
-def run_on_ray(engine: Engine) -> list[Row]:
-    """Let Ray Tune run the trials."""
-    search.tuner.PlanTrial = SimulatedTrial
+def run_on_ray(engine: Engine) -> None:
+    """Let Ray Tune run the trials, as `search.tuner` sets it up."""
+    search.tuner.PlanTrial = SimulatedTrial  # type: ignore[misc, assignment]
     inputs = TrialInputs(sweep=engine.sweep, dense=engine.dense, start=engine.dense)
     engine.meter.start()
-    search.tuner.run_trials(
-        inputs, engine.searcher, engine.recorder, CONCURRENT, resuming=False
-    )
-    return engine.meter.rows
+    search.tuner.run_trials(inputs, engine.searcher, engine.recorder, CONCURRENT, resuming=False)
 
 
 def resident() -> int:
@@ -246,17 +259,86 @@ def resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def line(row: Row) -> str:
+    parts = " | ".join(f"{row.ms[part]:.1f}" if part in row.ms else "" for part in PARTS)
+    return (
+        f"| {row.by} | {row.trials:,} | {row.ms['all']:.1f} | {parts} | {row.wall_ms:.0f} | "
+        f"{row.kilobytes:.0f} | {row.snapshot_s:.2f} |"
+    )
+
+
+def growth(rows: list[Row]) -> str:
+    """Say by how much the last trials cost more than the early ones."""
+    first, last = rows[1], rows[-1]
+    time_, memory = (
+        100.0 * (new / old - 1.0)
+        for old, new in ((first.ms["all"], last.ms["all"]), (first.kilobytes, last.kilobytes))
+    )
+    return (
+        f"{last.by}, a trial up to {last.trials:,} against one up to {first.trials:,}: "
+        f"{time_:+.0f} % time, {memory:+.0f} % memory"
+    )
+
+
+def table(runs: list[list[Row]]) -> str:
+    head = (
+        f"| by | trials | ms per trial | {' | '.join(PARTS)} | by the clock | KB per trial | "
+        "a snapshot, s |"
+    )
+    lines = [head, "|---" * (head.count("|") - 1) + "|"]
+    lines += [line(row) for rows in runs for row in rows]
+    return "\n".join([*lines, "", *(growth(rows) for rows in runs if len(rows) > 1)])
+
+
+def draw(runs: list[list[Row]], path: Path) -> None:
+    """Draw time and memory per trial."""
+    figure = Figure(figsize=(8.0, 3.4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2)
+    for rows, color in zip(runs, ("#1f2933", "#d1495b"), strict=False):
+        sizes = [row.trials for row in rows[1:]]
+        for axes, values in (
+            (panels[0], [row.ms["all"] for row in rows[1:]]),
+            (panels[1], [row.kilobytes for row in rows[1:]]),
+        ):
+            axes.plot(sizes, values, "o-", color=color, label=rows[0].by)
+    for axes, title in zip(panels, ("driver, ms per trial", "driver, KB per trial"), strict=True):
+        axes.set(xscale="log", xlabel="trials", ylim=(0.0, None))
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
 def main() -> None:
-    import sys
-    os.chdir(ROOT)
-    n = int(sys.argv[1]); sizes=[s for s in (100, 500, 1000, 2000, 3000, 5000) if s <= n]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", default="results/benchmarks", help="folder of table and picture")
+    parser.add_argument("--trials", type=int, default=5_000, help="fed directly; 0 for none")
+    parser.add_argument("--ray", type=int, default=1_000, help="trials that Ray runs; 0 for none")
+    parser.add_argument("--sampler", default="nsga2", help="the same for all sizes")
+    args = parser.parse_args()
+    out = Path(args.out).resolve()
+    os.chdir(ROOT)  # the sweep's paths begin here
+    runs = []
     with tempfile.TemporaryDirectory() as folder:
-        engine = Engine.build(folder, n, sizes, sys.argv[3])
-        if sys.argv[2] == "ray":
-            ray.init(num_cpus=CONCURRENT, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-            run_on_ray(engine)
-        else:
-            feed(engine)
+        for by, trials, run in (("fed", args.trials, feed), ("Ray", args.ray, run_on_ray)):
+            if not trials:
+                continue
+            if by == "Ray":
+                ray.init(
+                    num_cpus=CONCURRENT,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                )
+            engine = engine_of(by, folder, trials, args.sampler)
+            run(engine)
+            runs.append(engine.meter.rows)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "engine_scale.md").write_text(table(runs) + "\n")
+    draw(runs, out / "engine_scale.png")
+    print(f"\n{table(runs)}\n\n{out}/engine_scale.md and .png")
 
 
 if __name__ == "__main__":

@@ -11,15 +11,15 @@ import copy
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from anytime import Ended
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -114,20 +114,6 @@ class Settings:
             _write(table, np.arange(first, table.num_rows, step), data / f"{split}.parquet")
 
 
-class TuneRun(NamedTuple):
-    """What tuning a cut came to.
-
-    Attributes:
-        untuned: Validation top-1 in percent before it.
-        top1: After the last epoch; None if the loss did not stay finite.
-        epochs: Training epochs.
-    """
-
-    untuned: float
-    top1: float | None
-    epochs: int
-
-
 class Bench:
     """The model and the images of a sweep, opened in this process on one thread."""
 
@@ -172,9 +158,34 @@ class Bench:
         batch = self.sweep.data.eval_batch_size
         return evaluate(vit, self.val.batches(batch, seed=None, augment=False)).top1
 
-    def tune(self, vit: PrunableViT) -> TuneRun:
-        """Tune a cut model."""
-        sweep, untuned = self.sweep, self.top1(vit)
+    def tried(self, number: int, what: str, cost: float, make: Callable[[], PrunableViT]) -> Ended:
+        """Make a cut model, measure it, tune it and measure it again.
+
+        Args:
+            number: Its place in the order of its arm.
+            what: What it is.
+            cost: MACs as a share of the dense model's.
+            make: Cuts a model.
+        """
+        start = time.perf_counter()
+        vit = make()
+        untuned = self.top1(vit)
+        cut = time.perf_counter()
+        epochs, top1 = self.tune(vit)
+        return Ended(
+            number=number,
+            what=what,
+            cost=cost,
+            epochs=epochs,
+            top1=top1,
+            untuned=untuned,
+            before_s=cut - start,
+            train_s=time.perf_counter() - cut,
+        )
+
+    def tune(self, vit: PrunableViT) -> tuple[int, float | None]:
+        """Tune a cut model; return its epochs and top-1, None if the loss did not stay finite."""
+        sweep = self.sweep
         steps = max(1, len(self.train) // sweep.data.batch_size)
         recipe = Recipe(epochs=sweep.epochs, **sweep.finetune.model_dump(exclude={"augment"}))
         tuner = FineTuner(vit, recipe, steps)
@@ -182,8 +193,8 @@ class Bench:
             try:
                 tuner.train_taught(self._taught(epoch))
             except NonFiniteLossError:
-                return TuneRun(untuned, None, epoch)
-        return TuneRun(untuned, self.top1(vit), sweep.epochs)
+                return epoch, None
+        return sweep.epochs, self.top1(vit)
 
     def _taught(self, epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield images, labels and the teacher's logits, as a sweep's trials see them."""
@@ -192,17 +203,6 @@ class Bench:
         batch = self.sweep.data.batch_size
         for images, labels, rows in self.train.numbered(batch, order=stream, views=stream):
             yield images, labels, torch.from_numpy(answers[rows])
-
-
-class Stopwatch:
-    """Seconds since it was made, or since it was last read."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-
-    def lap(self) -> float:
-        before, self.start = self.start, time.perf_counter()
-        return self.start - before
 
 
 def units() -> Pruner:

@@ -113,14 +113,16 @@ def goal_line(whole: dict[str, Curve], rivals: list[str]) -> str:
 
 def verdict(found: Goal) -> str:
     """Say whether a goal is met, part by part."""
-    after = "never" if found.reached is None else f"after {found.reached} of {found.epochs} epochs"
-    spread = "unknown with one seed" if math.isnan(found.spread) else f"{found.spread:.4f}"
+    reached = "never reaches"
+    if found.reached is not None:
+        when = "early enough" if found.early else "too late"
+        reached = f"reaches after {found.reached} of {found.epochs} epochs, {when}"
+    spread = "unknown of one seed" if math.isnan(found.spread) else f"{found.spread:.4f}"
     met = "met" if found.early and found.above else "not met"
     return (
         f"**{met.capitalize()}**: the best rival, {found.rival}, ends at {found.level:.4f}, which "
-        f"the engine reaches {after} ({'early enough' if found.early else 'not early enough'}); it "
-        f"ends {found.margin:+.4f} from it, and the spread is {spread} "
-        f"({'more than' if found.above else 'not more than'} the spread)."
+        f"the engine {reached}; the engine ends {found.margin:+.4f} from it, "
+        f"{'more' if found.above else 'not more'} than the spread, which is {spread}."
     )
 
 
@@ -155,8 +157,11 @@ def draw(arms: Arms, epochs: int, path: Path) -> None:
     colors = {arm: colormaps["tab20"](place % 20) for place, arm in enumerate(arms)}
     colors[ENGINE] = (0.0, 0.0, 0.0, 1.0)
     for axes, reference in zip((whole, strict), REFERENCES, strict=True):
-        for arm, runs in arms.items():
-            _draw_curve(axes, arm, curves(runs, epochs, reference), colors[arm])
+        values = {arm: curves(runs, epochs, reference) for arm, runs in arms.items()}
+        for arm in arms:
+            _draw_curve(axes, arm, values[arm], colors[arm])
+        # The first plans would take most of the height.
+        axes.set_ylim(bottom=min(float(mean(v)[epochs // 6 + 1]) for v in values.values()))
         axes.set_xlabel("training epochs spent")
         axes.set_ylabel(f"hypervolume, reference point (1, {reference / 100:g})")
     for arm, runs in arms.items():

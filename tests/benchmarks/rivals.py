@@ -21,7 +21,7 @@ import numpy as np
 import optuna
 from anytime import Ended
 from journal import Journal
-from quality_problem import HIGH, LOW, TUNE_EPOCHS, Bench, Stopwatch, tokens, units
+from quality_problem import HIGH, LOW, TUNE_EPOCHS, Bench, tokens, units
 from ray import tune
 from ray.tune.search.optuna import OptunaSearch
 
@@ -53,35 +53,20 @@ class RawShares(tune.Trainable):
         plan = plan_of(self.bench.shape, shares)
         cost = self.bench.ratio(plan)
         what = f"{cost:.4f}x " + " ".join(f"{share:.6f}" for share in shares.values())
+        outside = max(LOW - cost, cost - HIGH, 0.0)
         ended = self.journal.find(number, what)
         if ended is None:
-            ended = self.tried(number, what, plan, cost)
+            if outside:
+                ended = Ended(number=number, what=what, cost=cost, epochs=0, top1=None)
+            else:
+                ended = self.bench.tried(number, what, cost, lambda: self.bench.cut(plan))
             self.journal.add(ended)
-        outside = max(LOW - cost, cost - HIGH, 0.0)
         return {
             "top1": ended.top1 if ended.top1 is not None else 0.0,
             "cost": 1.0 + outside if outside else cost,
             "epochs": ended.epochs,
             "done": True,
         }
-
-    def tried(self, number: int, what: str, plan: Plan, cost: float) -> Ended:
-        if not LOW <= cost <= HIGH:
-            return Ended(number=number, what=what, cost=cost, epochs=0, top1=None)
-        watch = Stopwatch()
-        vit = self.bench.cut(plan)
-        before_s = watch.lap()
-        run = self.bench.tune(vit)
-        return Ended(
-            number=number,
-            what=what,
-            cost=cost,
-            epochs=run.epochs,
-            top1=run.top1,
-            untuned=run.untuned,
-            before_s=before_s,
-            train_s=watch.lap(),
-        )
 
 
 class EpochsSpent(tune.Stopper):
@@ -131,6 +116,7 @@ def search_random(sweep: Sweep, journal: Path, epochs: int) -> None:
 
 def search_optuna(sweep: Sweep, journal: Path, epochs: int, *, nsga2: bool) -> None:
     """Let Optuna propose plans through Ray Tune's own searcher."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     most = bounds(Bench(sweep).shape)
     sampler: dict[str, Any] = {"seed": sweep.seed}
     if nsga2:
@@ -151,7 +137,6 @@ def _suggest(trial: optuna.Trial, most: dict[str, float]) -> dict[str, Any]:
 def _run(sweep: Sweep, journal: Path, epochs: int, **search: Any) -> None:
     os.environ |= RAY_SETTINGS
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         tune.run(
             tune.with_parameters(RawShares, sweep=sweep, journal=journal.resolve()),

@@ -24,6 +24,7 @@ import glob
 import logging
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from functools import partial
 from multiprocessing import get_context
@@ -38,6 +39,8 @@ from quality_problem import SAMPLE, TUNE_EPOCHS, Bench, Settings, SettingsError
 from quality_report import Arms, draw, table
 from rivals import search_optuna, search_random
 
+from search.sweep import Sweep
+
 RIVALS = ["uniform", "random", "optuna", "nsga2", "tp_magnitude", "tp_taylor"]
 LADDERS = ["own", "own_together", "curvature", "curvature_tome"]
 ARMS = [*RIVALS, *VARIANTS, *LADDERS]
@@ -47,7 +50,9 @@ def run_arm(settings: Settings, arm: str, seed: int) -> None:
     """Run an arm of a seed, or what is left of it, in a process of its own."""
     sweep = settings.sweep(f"{arm}-{seed}", seed)
     journal, count = journal_path(settings, arm, seed), settings.trials
-    searches = {
+    if sum(trial.epochs for trial in read_only(journal)) > settings.epochs - TUNE_EPOCHS:
+        return
+    searches: dict[str, Callable[[Sweep, Path, int], None]] = {
         "random": search_random,
         "optuna": partial(search_optuna, nsga2=False),
         "nsga2": partial(search_optuna, nsga2=True),

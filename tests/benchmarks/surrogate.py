@@ -42,9 +42,14 @@ class Surrogate:
         return cls(models=tuple(_process().fit(features, top1[:, e]) for e in range(EPOCHS + 1)))
 
     def curve(self, plan: Plan, rng: np.random.Generator) -> Floats:
-        """Return top-1 [epochs + 1] of a plan; with noise that all epochs share."""
+        """Return top-1 [epochs + 1] of a plan, with noise that all epochs share.
+
+        It is the prediction less its standard deviation: a search must not win by finding where
+        the surrogate knows nothing.
+        """
         features = kept(_shares(plan))[None]
-        means = np.array([model.predict(features)[0] for model in self.models])
+        found = [model.predict(features, return_std=True) for model in self.models]
+        means = np.array([mean[0] - std[0] for mean, std in found])
         return np.clip(means + rng.normal(0.0, NOISE), 0.0, 100.0)
 
 

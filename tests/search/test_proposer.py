@@ -93,9 +93,10 @@ def plans(found: list[tuple[str, Proposal]]) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    ("trials", "ladder", "first"), [(4, 2, 2), (8, 2, 4), (12, 2, 6), (40, 2, 6), (3, 5, 5)]
+    ("trials", "ladder", "first"),
+    [(4, 2, 2), (8, 2, 2), (16, 2, 4), (24, 2, 6), (40, 2, 6), (3, 5, 5)],
 )
-def test_the_ladder_takes_half_of_the_trials_at_most(
+def test_the_ladder_takes_a_quarter_of_the_trials_at_most(
     trials: int, ladder: int, first: int, proposer
 ) -> None:
     p = proposer(trials=trials, ladder=ladder, refine=0.0)
@@ -163,6 +164,14 @@ def test_no_plan_is_tried_twice(proposer) -> None:
     assert len(set(costs)) >= 3
     assert len(heads) <= 3**3 - 1
     assert TrialState.RUNNING not in {t.state for t in p.study.get_trials()}
+
+
+def test_two_methods_that_leave_the_same_are_two_plans(proposer) -> None:
+    p = proposer(steps=[{"method": "magnitude"}, {"method": "taylor"}], trials=40, ladder=1)
+    found = [proposal for _, proposal in asked(p, 3)]
+    alone = [[s.pruner.name for s in f.plan.steps if s.active] for f in found[1:]]
+    assert alone == [["magnitude"], ["taylor"]]
+    assert len({str(f.plan.shape(p.space.dense).to_json()) for f in found[1:]}) == 1
 
 
 @pytest.mark.parametrize("excess", [-0.5, 0.5])
@@ -242,7 +251,7 @@ def test_what_failed_is_told_as_failed(proposer) -> None:
     assert p.told == []
 
 
-@pytest.mark.parametrize("sampler", ["random", "tpe", "nsga2"])
+@pytest.mark.parametrize("sampler", ["random", "nsga2"])
 def test_no_trial_stays_running(sampler: str, proposer) -> None:
     # Heads and tokens alone: half of what is sampled costs more or less than is asked for.
     steps = [{"method": "grouped", "units": ["head"]}, {"method": "evit"}]
@@ -296,7 +305,7 @@ def test_refining_begins_with_the_last_share_of_the_trials(
 ) -> None:
     found = searched(proposer(refine=refine), 19)
     origins = [origin for origin, _ in found]
-    assert origins[: first - 1] == ["ladder"] * 6 + ["search"] * (first - 7)
+    assert origins[: first - 1] == ["ladder"] * 5 + ["search"] * (first - 6)
     assert origins[first - 1 :] == ["refined"] * (20 - first)
 
 
@@ -310,7 +319,7 @@ def test_refined_plans_lie_near_the_front(proposer) -> None:
     p = proposer(trials=40, refine=0.6, ladder=0, seed=2)  # first plans are too much alike
     searched(p, 15)
     finer = p.finer
-    moved, changed = [], []
+    before, after, changed = [], [], []
     for i in range(24, 40):
         members = p.front()
         origin, proposal = p.ask(f"{i:04d}", i)
@@ -331,14 +340,15 @@ def test_refined_plans_lie_near_the_front(proposer) -> None:
         name = min(members, key=lambda t: abs(t.cost - parameters["budget"])).name
         assert alike[name] == max(alike.values())
         changed.append(1.0 - alike[name])
-        moved += [
-            abs(parameters[k] - by_site[name][k]) / (high - low)
-            for k, (low, high) in ranges.items()
-            if k != "budget" and parameters[k] != by_site[name][k]
-        ]
+        for k, (low, high) in ranges.items():
+            if k != "budget" and low < parameters[k] < high and parameters[k] != by_site[name][k]:
+                before.append((by_site[name][k] - low) / (high - low))
+                after.append((parameters[k] - low) / (high - low))
         p.tell(f"{i:04d}", quality(proposal), proposal.cost_ratio)
     assert 0.15 < np.mean(changed) < 0.45
-    assert 0.05 < np.mean(moved) < 0.25
+    # What is changed stays near what it was: 1.25 standard deviations of 0.15 are the mean distance.
+    assert 0.09 < np.mean(np.abs(np.subtract(after, before))) < 0.16
+    assert np.polyfit(before, after, 1)[0] == pytest.approx(1.0, abs=0.25)
     assert any(t.name >= "0024" for t in p.front())  # refined ones are themselves refined
 
 
@@ -366,7 +376,7 @@ def test_without_a_finer_space_optuna_goes_on(kind: str, proposer) -> None:
 
 def test_where_nothing_is_told_optuna_goes_on(proposer) -> None:
     p = proposer(trials=8, ladder=1)
-    assert [origin for origin, _ in asked(p, 4, start=6)] == ["ladder"] * 3 + ["search"]
+    assert [origin for origin, _ in asked(p, 4, start=6)] == ["ladder"] * 2 + ["search"] * 2
 
 
 def test_a_learner_stays_what_it_is_when_a_plan_is_refined(shape: ViTShape) -> None:

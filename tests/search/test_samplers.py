@@ -17,7 +17,7 @@ from optuna.samplers import (
 )
 from optuna.trial import TrialState
 
-from search.samplers import GP_TRIALS, POPULATION, make_sampler
+from search.samplers import POPULATION, TPE_TRIALS, make_sampler
 from search.sweep import Sweep
 
 CLASSES = {
@@ -70,8 +70,8 @@ def test_every_name_that_a_sweep_may_give_is_built() -> None:
 
 def test_auto_is_a_gaussian_process_while_trials_are_few() -> None:
     assert type(make_sampler("auto", 2, 0)) is GPSampler
-    assert type(make_sampler("auto", GP_TRIALS, 0)) is GPSampler
-    assert type(make_sampler("auto", GP_TRIALS + 1, 0)) is NSGAIISampler
+    assert type(make_sampler("auto", TPE_TRIALS, 0)) is GPSampler
+    assert type(make_sampler("auto", TPE_TRIALS + 1, 0)) is NSGAIISampler
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -14,7 +14,7 @@ from pruners import Plan
 from search.again import standard_error, to_confirm, to_train_long
 from search.searcher import PlanSearcher
 from search.space import Space
-from search.sweep import Sweep
+from search.sweep import Sweep, SweepFailedError
 
 PHASES = {"confirm": 2, "final_epochs": 5}
 
@@ -430,6 +430,23 @@ def test_stagnation_ends_the_search_and_begins_the_next_phase(searcher) -> None:
     searched = [c for c in configs if not c["of"]]
     assert 1 + 1 + 3 <= len(searched) < 15
     assert configs[-1]["origin"] == "final"
+
+
+def test_where_no_plan_is_left_the_next_phase_begins(searcher) -> None:
+    heads = [{"method": "grouped", "units": ["head"]}]
+    one = searcher(trials=90, steps=heads, budget=[0.85, 0.9], final_epochs=9)
+    configs = played(one)
+    assert "200 proposals in a row" in one.stopped
+    assert 3 <= len([c for c in configs if not c["of"]]) < 30
+    assert configs[-1]["origin"] == "final"
+
+
+def test_where_there_is_no_plan_at_all_the_sweep_fails(searcher) -> None:
+    heads = [{"method": "grouped", "units": ["head"]}]
+    one = searcher(steps=heads, budget=[0.851, 0.852])
+    one.suggest("t0")
+    with pytest.raises(SweepFailedError, match="give a wider budget"):
+        one.suggest("t1")
 
 
 @pytest.mark.parametrize("at_once", [1, 2])

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from search.results import build_front
+from search.results import Front, TrialRecord, build_front
 from search.tracking import Tracker, local_uri, trial_params, ui_command
 from tests.search.test_results import DENSE, record
 
@@ -38,14 +41,19 @@ def client(directory: Path) -> MlflowClient:
         for epoch in range(3):
             tracker.epoch(r.trial, epoch, {"val_top1": 50.0 + epoch, "gmacs": 0.5})
         tracker.finish_trial(r)
-    tracker.update_front(build_front([dense, first], "effective_gmacs"), [dense, first], 2)
+    front = build_front([dense, first], "effective_gmacs")
+    tracker.front_grew(front, 2)
+    tracker.update_front(front, [dense, first])
+    tracker.wait()
     # The driver dies and starts again: the same runs go on.
     again = Tracker.open(None, directory, "my sweep", "")
     for r in (second, third, failed):
         again.start_trial(r)
         again.finish_trial(r)
     records = [dense, first, second, third, failed]
-    again.update_front(build_front(records, "effective_gmacs"), records, 5)
+    front = build_front(records, "effective_gmacs")
+    again.front_grew(front, 5)
+    again.update_front(front, records)
     tested = [dataclasses.replace(r, test_top1=r.val_top1) for r in records]
     again.close(build_front(tested, "effective_gmacs"), tested)
     return MlflowClient(tracking_uri=local_uri(directory))
@@ -113,18 +121,118 @@ def test_runs_of_trials_that_a_killed_driver_lost_are_replaced(tmp_path: Path) -
     for trial in (DENSE, first):
         tracker.start_trial(trial)
         tracker.epoch(trial.trial, 0, {"val_top1": 1.0})
-    tracker._note_runs = lambda: None  # type: ignore[method-assign]  # killed before it is noted
+    tracker.wait()
+    tracker.notes.append = lambda line: None  # type: ignore[method-assign]  # killed before it
     tracker.start_trial(record("0002", 0.5, 70.0))
+    tracker.wait()
 
     again = Tracker.open(None, tmp_path, "my sweep", "")
     another = dataclasses.replace(first, plan_line="another plan")
     again.start_trial(another)
     again.epoch("0001", 0, {"val_top1": 2.0})
+    again.wait()
     found = runs(MlflowClient(tracking_uri=local_uri(tmp_path)))
     assert set(found) == {"my sweep", DENSE.name, first.name}
     assert found[first.name].data.params["plan"] == "another plan"
     assert found[first.name].data.metrics["val_top1"] == 2.0
-    assert len(again.client.search_runs([again.runs["experiment"]])) == 3
+    assert len(again.client.search_runs([again.experiment])) == 3
+
+
+def test_a_note_that_was_not_written_to_its_end_is_none(tmp_path: Path) -> None:
+    tracker = Tracker.open(None, tmp_path, "my sweep", "")
+    for trial in (DENSE, record("0001", 0.6, 60.0)):
+        tracker.start_trial(trial)
+    tracker.wait()
+    noted = tmp_path / "mlflow.jsonl"
+    noted.write_bytes(noted.read_bytes()[:-3])
+    again = Tracker.open(None, tmp_path, "my sweep", "")
+    assert set(again.trials) == {DENSE.trial}
+    again.start_trial(record("0001", 0.5, 60.0))
+    again.wait()
+    assert set(runs(again.client)) == {"my sweep", DENSE.name, "0001 grouped 0.50x"}
+    assert Tracker.open(None, tmp_path, "my sweep", "").trials == again.trials
+
+
+def test_the_tags_of_a_front_follow_it_past_a_killed_driver(tmp_path: Path) -> None:
+    shaped = dataclasses.replace(DENSE, shape=SHAPE)
+    first, better = (record(f"000{i}", 0.5, 50.0 + i, shape=SHAPE) for i in (1, 2))
+    tracker = Tracker.open(None, tmp_path, "my sweep", "")
+    for r in (shaped, first):
+        tracker.start_trial(r)
+    tracker.update_front(build_front([shaped, first], "effective_gmacs"), [shaped, first])
+    tracker.wait()
+    again = Tracker.open(None, tmp_path, "my sweep", "")
+    again.start_trial(better)
+    records = [shaped, first, better]
+    again.update_front(build_front(records, "effective_gmacs"), records)
+    again.wait()
+    assert set(runs(again.client, "tags.front = 'true'")) == {better.name}
+    # A member whose trial is lost and runs again is marked again when it is back.
+    lost = Tracker.open(None, tmp_path, "my sweep", "")
+    lost.start_trial(better)
+    lost.update_front(build_front(records, "effective_gmacs"), records)
+    lost.wait()
+    assert set(runs(lost.client, "tags.front = 'true'")) == {better.name}
+
+
+def test_times_are_those_at_which_a_trial_was_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = Tracker.open(None, tmp_path, "my sweep", "")
+    release = threading.Event()
+    tracker.background.call(release.wait)  # all that follows is written late
+    for seconds, log in (
+        (1000, lambda: tracker.start_trial(DENSE)),
+        (1001, lambda: tracker.epoch("0000", 0, {"val_top1": 1.0})),
+        (1002, lambda: tracker.finish_trial(DENSE)),
+    ):
+        monkeypatch.setattr("search.tracking.time.time", lambda now=seconds: now)
+        log()
+    monkeypatch.undo()
+    release.set()
+    tracker.wait()
+    run = tracker.client.get_run(tracker.trials["0000"])
+    history = tracker.client.get_metric_history(run.info.run_id, "val_top1")
+    assert (run.info.start_time, run.info.end_time) == (1_000_000, 1_002_000)
+    assert [m.timestamp for m in history] == [1_001_000]
+
+
+def test_what_mlflow_refuses_is_raised(tmp_path: Path) -> None:
+    tracker = Tracker.open(None, tmp_path, "my sweep", "")
+    tracker.start_trial(DENSE)
+    tracker.epoch("0000", 0, {"a key:that MLflow refuses?": 1.0})
+    with pytest.raises(MlflowException, match="a key:that MLflow refuses"):
+        tracker.wait()
+    with pytest.raises(MlflowException, match="a key:that MLflow refuses"):
+        tracker.finish_trial(DENSE)
+
+
+def test_pictures_are_drawn_once_in_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The front changes with each trial; a picture takes long."""
+    drawn: list[int] = []
+    now = [0.0]
+
+    def slowly(front: Front, records: Sequence[TrialRecord]) -> str:
+        drawn.append(len(records))
+        now[0] += 10.0
+        return ""
+
+    monkeypatch.setattr("search.tracking.front_html", slowly)
+    tracker = Tracker.open(None, tmp_path, "my sweep", "")
+    monkeypatch.setattr("search.tracking.time.monotonic", lambda: now[0])
+    records = [dataclasses.replace(DENSE, shape=SHAPE)]
+    tracker.start_trial(records[0])
+    for number, later in enumerate((0.0, 100.0, 89.0, 2.0), 1):
+        now[0] += later
+        records.append(record(f"{number:04d}", 1.0 - 0.1 * number, 50.0, shape=SHAPE))
+        tracker.start_trial(records[-1])
+        tracker.update_front(build_front(records, "effective_gmacs"), list(records))
+        tracker.wait()
+    assert drawn == [2, 5]  # 190 s after the first, which took 10 s
+    tracker.close(build_front(records, "effective_gmacs"), records)
+    assert drawn == [2, 5, 5]
 
 
 def test_params_stay_within_what_mlflow_takes() -> None:

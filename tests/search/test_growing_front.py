@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import math
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from search.growing_front import GrowingFront
+from search.results import TrialRecord, build_front
+from tests.search.test_results import DENSE, record
+
+# Few values, so that points are often equal, or equal in one objective.
+COSTS, TOPS = st.sampled_from([0.3, 0.4, 0.5, 0.6]), st.sampled_from([50.0, 60.0, 70.0, math.nan])
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> list[TrialRecord]:
+    """Records in the order in which they end, the dense model's among them."""
+    count = draw(st.integers(1, 12))
+    records = [
+        record(
+            f"{number:04d}",
+            draw(COSTS),
+            draw(TOPS),
+            draw(st.sampled_from(["finished"] * 4 + ["stopped", "failed"])),
+            violates=draw(st.sampled_from(["", "", "", "params 9 beyond max_params = 8"])),
+        )
+        for number in draw(st.permutations(range(1, count + 1)))
+    ]
+    records.insert(draw(st.integers(0, min(2, count))), DENSE)
+    again = [r for r in records if r.status == "finished"]
+    for number in range(draw(st.integers(0, 6)) if again else 0):
+        first = draw(st.sampled_from(again))
+        origin = draw(st.sampled_from(["confirm", "confirm", "final"]))
+        records.append(
+            record(
+                f"{100 + number:04d}",
+                first.cost_ratio,
+                draw(TOPS),
+                draw(st.sampled_from(["finished", "finished", "failed"])),
+                origin=origin,
+                of=first.trial,
+                epochs=2 if origin == "confirm" else 5,
+            )
+        )
+    return records
+
+
+@settings(max_examples=300, deadline=None)
+@given(records=histories())
+def test_it_is_the_front_of_all_records_after_each(records: list[TrialRecord]) -> None:
+    growing, by_name = GrowingFront("effective_gmacs"), {r.trial: r for r in records}
+    for number, new in enumerate(records, 1):
+        growing.add(new, *([by_name[new.of]] if new.of else []))
+        seen = sorted(records[:number], key=lambda r: r.trial)
+        if DENSE in seen:
+            assert growing.front == build_front(seen, "effective_gmacs")
+        else:
+            assert growing.front is None
+
+
+@settings(max_examples=100, deadline=None)
+@given(records=histories())
+def test_it_goes_on_from_records_that_come_at_once(records: list[TrialRecord]) -> None:
+    for cut in range(len(records)):
+        growing = GrowingFront("effective_gmacs")
+        growing.add(*records[:cut])
+        by_name = {r.trial: r for r in records}
+        for new in records[cut:]:
+            growing.add(new, *([by_name[new.of]] if new.of else []))
+        ordered = sorted(records, key=lambda r: r.trial)
+        assert growing.front == build_front(ordered, "effective_gmacs")
+
+
+def test_only_members_are_compared() -> None:
+    """Or the hundredth trial would cost more than the first."""
+    growing = GrowingFront("effective_gmacs")
+    growing.add(DENSE, record("0001", 0.3, 60.0))
+    for number in range(2, 100):
+        growing.add(record(f"{number:04d}", 0.3 + number / 1000, 50.0))
+    assert set(growing._points) == {"0001"}
