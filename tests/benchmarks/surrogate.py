@@ -69,7 +69,7 @@ def kept(shares: Floats) -> Floats:
 
 
 def errors() -> list[tuple[float, float]]:
-    """Return, for each epoch, root mean squared error and rank correlation in 10-fold validation."""
+    """Return the root mean squared error and rank correlation of each epoch, 10-fold."""
     features, top1 = trials()
     folds = KFold(10, shuffle=True, random_state=0)
     found = []

@@ -229,7 +229,7 @@ def test_a_run_is_found_again_and_anything_decisive_changes_its_name(
         "data.batch_size=8",
         "data.calibration=16",
         "finetune.augment=false",
-        "finetune.lr=1e-3",
+        "elastic_lr=1e-3",
         "finetune.distill=0.2",
     ):
         other = load_sweep(sweep_file, ["seed=3", changed])
@@ -316,7 +316,7 @@ def test_known_scores_are_used(sweep: Sweep, tmp_path: Path, monkeypatch) -> Non
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(sweep_file: Path, tmp_path: Path) -> None:
-    sweep = load_sweep(sweep_file, ["finetune.lr=1e30"])
+    sweep = load_sweep(sweep_file, ["elastic_lr=1e30"])
     dense, _ = check(sweep)
     with pytest.raises(NonFiniteLossError, match="loss is nan in learning epoch 1"):
         tune_once(sweep, dense, START, tmp_path / "a")
