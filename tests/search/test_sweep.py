@@ -165,12 +165,30 @@ def test_tables_of_the_search_are_set_key_by_key(minimal: Path) -> None:
     sweep = load_sweep(minimal)
     assert sweep.halving is None
     assert sweep.constraints.max_params is sweep.constraints.max_drop is None
-    sets = ["halving.eta=4", "constraints.max_drop=1.5", "constraints.max_params=5_000_000"]
+    sets = [
+        "epochs=3",
+        "halving.eta=4",
+        "constraints.max_drop=1.5",
+        "constraints.max_params=5_000_000",
+    ]
     sweep = load_sweep(minimal, sets)
     assert (sweep.halving.eta, sweep.halving.first, sweep.halving.brackets) == (4.0, 1, 1)
     assert (sweep.constraints.max_drop, sweep.constraints.max_params) == (1.5, 5_000_000)
     assert sweep.constraints.min_images_per_s is None
-    assert load_sweep(minimal, ["halving={}"]).halving.eta == 3.0
+    assert load_sweep(minimal, ["epochs=3", "halving={}"]).halving.eta == 2.0
+
+
+@pytest.mark.parametrize(
+    ("halving", "message"),
+    [
+        ("{first=4}", r"halving\.first = 4 and epochs = 4; give a first rung before the last"),
+        ("{brackets=4}", r"halving\.brackets = 4, with 2 rungs; give at most 3"),
+    ],
+)
+def test_impossible_rungs_are_refused(halving: str, message: str, minimal: Path) -> None:
+    with pytest.raises(SweepError, match=message):
+        load_sweep(minimal, ["epochs=4", f"halving={halving}"])
+    assert load_sweep(minimal, ["epochs=4", "halving={brackets=3}"]).halving.brackets == 3
 
 
 @pytest.mark.parametrize("measures", ["cost='latency'", "constraints.min_images_per_s=100"])
@@ -203,7 +221,7 @@ SEARCH = st.fixed_dictionaries(
                 optional={
                     "eta": st.floats(1.5, 9.0),
                     "first": st.integers(0, 9),
-                    "brackets": st.integers(1, 4),
+                    "brackets": st.integers(1, 3),
                 },
             )
         ),
@@ -224,7 +242,7 @@ SEARCH = st.fixed_dictionaries(
         "patience": st.integers(0, 99),
         "min_growth": st.floats(0.0, 9.0),
         "confirm": st.integers(0, 9),
-        "final_epochs": st.integers(2, 99),
+        "final_epochs": st.integers(100, 999),
     },
 )
 
@@ -235,7 +253,7 @@ def test_how_a_sweep_searches_is_written_and_read(search: dict, tmp_path_factory
     folder = tmp_path_factory.mktemp("sweep")
     (folder / "minimal.toml").write_text(MINIMAL)
     minimal = load_sweep(folder / "minimal.toml").model_dump(exclude_none=True)
-    sweep = Sweep.model_validate({**minimal, **search})
+    sweep = Sweep.model_validate({**minimal, "epochs": 99, **search})
     (folder / "a.toml").write_text(sweep_toml(sweep), encoding="utf-8")
     again = load_sweep(folder / "a.toml")
     assert again == sweep
