@@ -6,8 +6,9 @@ Both run the same trials (`PlanTrial` on sixteen images, one epoch) one after an
 in SQLite and a checkpoint per epoch, in turn. The plain loop is what one writes first: a function
 that opens the data, reports and saves, `OptunaSearch`, `MLflowLoggerCallback`, and nothing set
 otherwise. Counted is the time from one trial's end to the next one's, less what the trial itself
-reports as seconds; the first trial of each, which also starts Ray's machinery, is left out. Proposing is
-part of it: the engine's share is given apart, since it pays for plans that meet their budget.
+reports as seconds; the first trial of each, which also starts Ray's machinery, is left out.
+Proposing is part of it: the engine's share is given apart, since it pays for plans that meet their
+budget.
 """
 
 from __future__ import annotations
