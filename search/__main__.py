@@ -9,13 +9,8 @@ from pathlib import Path
 
 from search.progress import front_table
 from search.results import read_front, read_trials
-from search.sweep import (
-    SweepError,
-    SweepFailedError,
-    SweepInterruptedError,
-    check_files,
-    load_sweep,
-)
+from search.sweep import SweepError, SweepFailedError, SweepInterruptedError
+from search.sweep_file import check_files, load_sweep
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""

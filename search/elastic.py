@@ -24,16 +24,17 @@ from torch import Tensor
 
 from pruners import Plan, PrunableViT, Pruner
 from pruners.checkpoint import SHAPE, read_description
+from pruners.evaluation import evaluate
 from pruners.gates import Learner, LearningData, run
 from pruners.learned import Learned
 from pruners.pruner import Scores
 from pruners.shared_weights import Subnet, shared_scores
-from pruners.training import Recipe, autocast_dtype, distillation, evaluate, schedule_factor
+from pruners.training import Recipe, autocast_dtype, distillation, schedule_factor
 from search.learning import learning_data
 from search.parquet import Images
 from search.progress import HEARTBEAT_S
 from search.sweep import Sweep, SweepFailedError
-from search.trial import calibration_batches, open_split, trial_device
+from search.trial_data import calibration_batches, open_split, trial_device
 
 FOLDER = "elastic"
 """Folder of a sweep's storage that holds tuned dense models; all sweeps there share it."""

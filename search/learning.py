@@ -24,7 +24,7 @@ from search.parquet import Images
 from search.progress import HEARTBEAT_S
 from search.space_step import Rung, SpaceStep
 from search.sweep import Sweep, SweepFailedError
-from search.trial import calibration_batches, open_split, trial_device
+from search.trial_data import calibration_batches, open_split, trial_device
 
 FOLDER = "learned"
 """Folder of a sweep's storage that holds what methods know; all sweeps there share it."""

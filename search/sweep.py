@@ -1,4 +1,4 @@
-"""One sweep as a frozen model: read from TOML, overridden, checked at the door.
+"""One sweep as a frozen model, checked at the door.
 
 Imports neither torch nor Ray, so that a laptop can check and submit a sweep.
 """
@@ -6,15 +6,12 @@ Imports neither torch nor Ray, so that a laptop can check and submit a sweep.
 from __future__ import annotations
 
 import difflib
-import json
-import math
-import tomllib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from search.milestones import milestones
 
@@ -257,151 +254,3 @@ class Sweep(_Part):
             number = seen[step.method]
             labels.append(step.method if number == 1 else f"{step.method}-{number}")
         return tuple(labels)
-
-
-def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
-    """Read a sweep and apply `key.sub=VALUE` overrides, whose values are TOML; later ones win.
-
-    Raises:
-        SweepError: For anything wrong, in one line.
-    """
-    if not path.is_file():
-        raise SweepError(
-            f"sweep {path} does not exist; give a TOML file like search/sweeps/sample.toml"
-        )
-    try:
-        values = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SweepError(f"{path} is not TOML: {error}") from error
-    for override in overrides:
-        _override(values, override)
-    try:
-        return Sweep.model_validate(values)
-    except ValidationError as error:
-        raise SweepError(f"{path}: {_one_line(error)}") from error
-
-
-def check_files(sweep: Sweep) -> None:
-    """Check that local files exist; what has a scheme (`s3://`) is left to the trials' machine.
-
-    Raises:
-        SweepError: For the first that does not.
-    """
-    named = {"model.path": sweep.model.path}
-    named |= {f"data.{split}": getattr(sweep.data, split) for split in ("train", "val", "test")}
-    for key, value in named.items():
-        if value is None or "://" in value or Path(value).exists():
-            continue
-        if any(character in value for character in "*?[") and any(Path().glob(value)):
-            continue
-        raise SweepError(
-            f"{key} is {value!r}, which does not exist; give a file, glob or directory"
-        )
-
-
-def sweep_toml(sweep: Sweep) -> str:
-    """Return a sweep as TOML that `load_sweep` reads as an equal sweep."""
-    values = sweep.model_dump(exclude_none=True, mode="json")
-    values["budget"] = [sweep.budget.low, sweep.budget.high]
-    values["steps"] = [
-        {**{k: v for k, v in step.items() if k != "options"}, **step["options"]}
-        for step in values["steps"]
-    ]
-    scalars = {k: v for k, v in values.items() if not isinstance(v, dict) and k != "steps"}
-    lines = [f"{key} = {_toml(value)}" for key, value in scalars.items()]
-    for key, table in values.items():
-        if isinstance(table, dict):
-            lines += ["", f"[{key}]", *(f"{_key(k)} = {_toml(v)}" for k, v in table.items())]
-    for step in values["steps"]:
-        lines += ["", "[[steps]]", *(f"{_key(k)} = {_toml(v)}" for k, v in step.items())]
-    return "\n".join(lines) + "\n"
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    dotted, equals, text = override.partition("=")
-    keys = dotted.strip().split(".")
-    if not equals or not all(keys):
-        raise SweepError(f"--set {override!r} is no setting; give KEY=VALUE, for example trials=8")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError as error:
-        raise SweepError(
-            f"--set {dotted} is {text}, which is no TOML value; a string needs quotes: "
-            f"'{dotted}=\"{text}\"'"
-        ) from error
-    table = values
-    for key in keys[:-1]:
-        table = table.setdefault(key, {})
-        if not isinstance(table, dict):
-            raise SweepError(f"--set {override!r}: {key} is no table; override {key} as a whole")
-    table[keys[-1]] = value
-
-
-def _one_line(error: ValidationError) -> str:
-    problems = error.errors()
-    places = [problem["loc"] for problem in problems]
-    problems = [  # what is wrong with a whole only because a part is wrong says nothing
-        problem
-        for problem in problems
-        if not any(p[: len(problem["loc"])] == problem["loc"] != p for p in places)
-    ]
-    first = problems[0]
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return _problem(first) + more
-
-
-def _problem(problem: Mapping[str, Any]) -> str:
-    where = ".".join(str(part) for part in problem["loc"]) or "the sweep"
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        known = _fields_at(problem["loc"][:-1])
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
-        return f"{where} is an unknown key; {hint}"
-    if problem["type"] == "missing":
-        return f"{where} is missing; give it a value"
-    if problem["type"] == "value_error":
-        return f"{where} {message}"
-    return f"{where} is {_short(problem['input'])}; {message[0].lower()}{message[1:]}"
-
-
-def _fields_at(location: Sequence[str | int]) -> list[str]:
-    model: Any = Sweep
-    for part in location:
-        if isinstance(part, str):
-            model = {
-                "model": ModelSpec,
-                "data": DataSpec,
-                "budget": Budget,
-                "finetune": FineTuneSpec,
-                "halving": Halving,
-                "constraints": Constraints,
-                "resources": Resources,
-                "steps": StepSpec,
-            }[part]
-    return list(model.model_fields)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _key(key: str) -> str:
-    bare = key.replace("_", "").replace("-", "")
-    return key if bare.isalnum() and bare.isascii() else _toml(key)
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        return {math.inf: "inf", -math.inf: "-inf"}.get(value, repr(value))
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_toml, value)) + "]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_key(k)} = {_toml(v)}" for k, v in value.items()) + "}"
-    # A JSON string is a TOML basic string, but TOML wants DEL escaped too.
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return str(value)

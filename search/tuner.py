@@ -17,6 +17,7 @@ from pruners.learned import Learned
 from search.elastic import ElasticStart, tune_elastic
 from search.learning import LearningRun, learn_all
 from search.moasha import MoAsha, RungState
+from search.old_checkpoints import OldCheckpoints
 from search.progress import Progress, front_line
 from search.recorder import Recorder
 from search.results import (
@@ -31,15 +32,11 @@ from search.searcher import PlanSearcher
 from search.shards import find_shards
 from search.space import Space
 from search.space_step import Parameters
-from search.sweep import (
-    Sweep,
-    SweepError,
-    SweepFailedError,
-    SweepInterruptedError,
-    sweep_toml,
-)
+from search.sweep import Sweep, SweepError, SweepFailedError, SweepInterruptedError
+from search.sweep_file import sweep_toml
 from search.tracking import Tracker
-from search.trial import PlanTrial, TrialInputs, measure_on_test
+from search.trial import PlanTrial, TrialInputs
+from search.trial_data import measure_on_test
 
 TRIALS = "trials"
 """Folder of a sweep's directory that Ray Tune keeps its state and the trials' checkpoints in."""
@@ -205,7 +202,9 @@ def run_trials(
 ) -> None:
     """Let Ray Tune run the trials."""
     sweep = inputs.sweep
-    scheduler, callbacks = None, [recorder]
+    directory = sweep.directory.resolve()
+    old = OldCheckpoints(directory / TRIALS)
+    scheduler, callbacks = None, [recorder, old]
     if sweep.halving is not None:
         scheduler = MoAsha(epochs=sweep.epochs, **sweep.halving.model_dump())
         callbacks.append(RungState(scheduler))
@@ -214,7 +213,7 @@ def run_trials(
     tune.run(
         tune.with_parameters(PlanTrial, inputs=inputs),
         name=TRIALS,
-        storage_path=str(sweep.directory.resolve()),
+        storage_path=str(directory),
         search_alg=searcher,
         scheduler=scheduler,
         num_samples=-1,  # the searcher says when there are no more
@@ -222,9 +221,7 @@ def run_trials(
         resources_per_trial=tune.PlacementGroupFactory([bundle(sweep)]),
         reuse_actors=True,
         callbacks=callbacks,
-        checkpoint_config=CheckpointConfig(
-            num_to_keep=2, checkpoint_frequency=1
-        ),  # the snapshot may be one behind
+        checkpoint_config=CheckpointConfig(checkpoint_frequency=1),
         max_failures=sweep.max_failures,
         raise_on_failed_trial=False,
         trial_name_creator=_name,
@@ -232,6 +229,8 @@ def run_trials(
         resume_config=ResumeConfig() if resuming else None,
         verbose=0,
     )
+    if searcher.finished:
+        old.end()
 
 
 def bundle(sweep: Sweep) -> dict[str, float]:

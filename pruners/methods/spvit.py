@@ -15,6 +15,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from pruners.evaluation import evaluate
 from pruners.gates import LearningData
 from pruners.latency import LatencyTable, measure_latency
 from pruners.phases import Keeps, Rules, search_phases, shares_of
@@ -32,7 +33,7 @@ from pruners.soft_tokens import (
 )
 from pruners.token_pruner import remove_reducers
 from pruners.tokens import FrontReducer, TokenReducer, Tokens, split_by_score, take_tokens
-from pruners.training import FineTuner, Recipe, evaluate
+from pruners.training import FineTuner, Recipe
 from pruners.vit import PrunableViT
 
 

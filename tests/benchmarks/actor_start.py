@@ -21,7 +21,8 @@ import ray
 from ray import tune
 
 from search.check import check
-from search.sweep import Sweep, load_sweep
+from search.sweep import Sweep
+from search.sweep_file import load_sweep
 from search.trial import PlanTrial, TrialInputs
 from search.tuner import RAY_SETTINGS
 

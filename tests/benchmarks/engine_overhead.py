@@ -40,7 +40,8 @@ from search.progress import Progress
 from search.recorder import Recorder
 from search.searcher import PlanSearcher
 from search.space import Space
-from search.sweep import Sweep, load_sweep, sweep_toml
+from search.sweep import Sweep
+from search.sweep_file import load_sweep, sweep_toml
 from search.tracking import Tracker
 from search.trial import PlanTrial, TrialInputs
 from search.tuner import RAY_SETTINGS, run_trials

@@ -44,7 +44,8 @@ from search.moasha import MoAsha, RungState
 from search.progress import Progress
 from search.recorder import Recorder
 from search.searcher import PlanSearcher
-from search.sweep import Sweep, load_sweep, sweep_toml
+from search.sweep import Sweep
+from search.sweep_file import load_sweep, sweep_toml
 from search.tracking import Tracker
 from search.trial import TrialInputs
 

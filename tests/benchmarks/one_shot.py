@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pruners import Plan, PrunableViT, Step, ViTShape, cost_of, load_method
-from pruners.training import evaluate
+from pruners.evaluation import evaluate
 from search.decode import ImageSpec
 from search.parquet import Images, open_images
 

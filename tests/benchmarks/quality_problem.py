@@ -25,13 +25,15 @@ from torch import Tensor
 
 from pruners import Plan, PrunableViT, Pruner, cost_of, load_method
 from pruners.checkpoint import replace_file
+from pruners.evaluation import evaluate
 from pruners.learned import Learned
-from pruners.training import FineTuner, NonFiniteLossError, Recipe, evaluate
+from pruners.training import FineTuner, NonFiniteLossError, Recipe
 from search.augment import Epoch
 from search.model import load_model
 from search.shards import find_shards
-from search.sweep import Sweep, load_sweep
-from search.trial import Calibration, make_teacher, mixed_seed, open_split
+from search.sweep import Sweep
+from search.sweep_file import load_sweep
+from search.trial_data import Calibration, make_teacher, mixed_seed, open_split
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "search" / "sample"

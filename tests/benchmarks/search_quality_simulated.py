@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib
 import numpy as np
 import optuna
 import torch
+from engine_arm import expected_epochs
 from optuna.samplers import NSGAIISampler
 from surrogate import EPOCHS, Surrogate, errors
 from tuning import SAMPLE, SPEC, dense_model
@@ -34,7 +37,8 @@ from search.parquet import open_images
 from search.proposer import Proposer
 from search.space import Space
 from search.space_step import Rung
-from search.sweep import Sweep, load_sweep
+from search.sweep import Sweep
+from search.sweep_file import load_sweep
 
 matplotlib.use("Agg")
 LOW, HIGH = 0.25, 0.97
@@ -73,21 +77,23 @@ ARMS = {
     "raw random": arm("random", space="", ladder=0),
     "raw TPE": arm("tpe", space="", ladder=0),
     "raw NSGA-II 20": arm("nsga2", space="", ladder=0),
-    "layer NSGA-II 20": arm("nsga2", space="layer"),
-    "tied NSGA-II 20": arm("nsga2", space="tied"),
+    "layer TPE": arm("tpe", space="layer"),
+    "tied TPE": arm("tpe", space="tied"),
     "random": arm("random"),
     "TPE": arm("tpe"),
     "NSGA-II 20": arm("nsga2"),
     "NSGA-II 50": arm("nsga2", population=50),
     "NSGA-III 20": arm("nsga3"),
     "GP": arm("gp", **GP),
-    "GP, refined 0.3": arm("gp", refine=0.3, **GP),
-    "GP, refined 0.6": arm("gp", refine=0.6, **GP),
-    "NSGA-II 20, refined 0.3": arm("nsga2", refine=0.3),
-    "NSGA-II 20, refined 0.6": arm("nsga2", refine=0.6),
-    "refined only": arm("nsga2", refine=0.95),
-    "refined 0.6, halving from 1": arm("nsga2", refine=0.6, halving="{first=1}"),
-    "refined 0.6, halving from 0": arm("nsga2", refine=0.6, halving="{first=0}"),
+    "TPE, ladder 9": arm("tpe", ladder=9),
+    "TPE, ladder 17": arm("tpe", ladder=17),
+    "TPE, refined 0.3": arm("tpe", refine=0.3),
+    "TPE, refined 0.6": arm("tpe", refine=0.6),
+    "TPE, refined 0.9": arm("tpe", refine=0.9),
+    "TPE, halving from 0": arm("tpe", halving="{first=0}"),
+    "TPE, halving from 1": arm("tpe", halving="{first=1}"),
+    "TPE, refined 0.3, halving from 0": arm("tpe", refine=0.3, halving="{first=0}"),
+    "TPE, refined 0.3, halving from 0 by 4": arm("tpe", refine=0.3, halving="{first=0, eta=4.0}"),
 }
 
 
@@ -120,14 +126,28 @@ def space_of(sweep: Sweep) -> Space:
     return Space(sweep, shape, rungs)
 
 
-Trial = tuple[int, float, float]
-"""Epochs spent, cost ratio and top-1 of a trial; top-1 is NaN if it was stopped."""
+class Trial(NamedTuple):
+    """What came of a trial.
+
+    Attributes:
+        epochs: Epochs spent.
+        cost: Cost ratio.
+        top1: Percent; NaN if it was stopped.
+        proposing_s: Seconds until its plan was known.
+    """
+
+    epochs: int
+    cost: float
+    top1: float
+    proposing_s: float = 0.0
 
 
 def simulate(name: str, seed: int, trials: int) -> list[Trial]:
     """Search with one arm and seed."""
     arm = ARMS[name]
     trials = min(trials, arm.most)
+    sweep = sweep_of(arm, trials, seed)
+    trials = math.ceil(EPOCHS * trials / expected_epochs(sweep))  # more, where some are stopped
     sweep = sweep_of(arm, trials, seed)
     space = space_of(sweep)
     if arm.space in ("ladder", "own"):
@@ -147,14 +167,17 @@ def engine(proposer: Proposer, trials: int, seed: int) -> Iterator[Trial]:
         halving = MoAsha(epochs=EPOCHS, **settings.model_dump())
     for position in range(1, trials + 1):
         label = f"{position:04d}"
+        start = time.perf_counter()
         _, proposal = proposer.ask(label, position)
+        seconds = time.perf_counter() - start
         curve = surrogate.curve(proposal.plan, rng)
         spent = EPOCHS
         if halving is not None:
             spent = stopped_after(halving, label, proposal.cost_ratio, curve)
         ended = spent == EPOCHS
         proposer.tell(label, float(curve[-1]) if ended else None, proposal.cost_ratio)
-        yield spent, proposal.cost_ratio, float(curve[-1]) if ended else float("nan")
+        top1 = float(curve[-1]) if ended else float("nan")
+        yield Trial(spent, proposal.cost_ratio, top1, seconds)
 
 
 def stopped_after(halving: MoAsha, label: str, cost: float, curve: np.ndarray) -> int:
@@ -176,6 +199,7 @@ def raw(proposer: Proposer, trials: int, seed: int) -> Iterator[Trial]:
     surrogate, rng = known()[0], np.random.default_rng(1_000 + seed)
     study, space = proposer.study, proposer.space
     done = tried = 0
+    start = time.perf_counter()
     while done < trials and tried < 20 * trials:
         tried += 1
         trial = study.ask()
@@ -191,10 +215,12 @@ def raw(proposer: Proposer, trials: int, seed: int) -> Iterator[Trial]:
             # A plan that is too small is as bad as chance; a dear one gains nothing.
             study.tell(trial, [10.0, max(cost, HIGH)])
             continue
+        seconds = time.perf_counter() - start
         top1 = float(surrogate.curve(plan, rng)[-1])
         study.tell(trial, [top1, cost])
         done += 1
-        yield EPOCHS, cost, top1
+        yield Trial(EPOCHS, cost, top1, seconds)
+        start = time.perf_counter()
 
 
 def ladder(space: Space, trials: int, seed: int, *, uniform: bool) -> Iterator[Trial]:
@@ -211,7 +237,7 @@ def ladder(space: Space, trials: int, seed: int, *, uniform: bool) -> Iterator[T
         else:
             proposal = space.propose(parameters)
             plan, cost = proposal.plan, proposal.cost_ratio
-        yield EPOCHS, cost, float(surrogate.curve(plan, rng)[-1])
+        yield Trial(EPOCHS, cost, float(surrogate.curve(plan, rng)[-1]))
 
 
 def uniform_plan(space: Space, budget: float) -> tuple[Plan, float]:
@@ -234,10 +260,10 @@ def volumes(trials: list[Trial], epochs: int, reference: float) -> np.ndarray:
     found = np.zeros(epochs + 1)
     spent, points = 0, []
     best = 0.0
-    for used, cost, top1 in trials:
-        spent += used
-        if np.isfinite(top1):
-            points.append((cost, top1 / 100.0))
+    for trial in trials:
+        spent += trial.epochs
+        if np.isfinite(trial.top1):
+            points.append((trial.cost, trial.top1 / 100.0))
             best = pareto.hypervolume(
                 *zip(*points, strict=True), reference_cost=1.0, reference_accuracy=reference
             )
@@ -256,36 +282,28 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     kept = args.out / f"search_quality_simulated-{args.trials}.jsonl"
-    done = {}
+    done: dict[tuple[str, int], list[Trial]] = {}
     if kept.exists():
-        done = {tuple(r["key"]): r for r in map(json.loads, kept.read_text().splitlines())}
+        rows = map(json.loads, kept.read_text().splitlines())
+        done = {tuple(row["key"]): [Trial(*t) for t in row["trials"]] for row in rows}
     wanted = [
         (name, seed) for seed in range(args.seeds) for name in args.arms if seed < ARMS[name].seeds
     ]
     with ProcessPoolExecutor(args.jobs) as pool, kept.open("a") as file:
         start = time.time()
         pending = {
-            pool.submit(timed, simulate, *key, args.trials): key
-            for key in wanted
-            if key not in done
+            pool.submit(simulate, *key, args.trials): key for key in wanted if key not in done
         }
         for task in as_completed(pending):
-            seconds, trials = task.result()
-            key = pending[task]
-            done[key] = {"key": key, "seconds": seconds, "trials": trials}
-            file.write(json.dumps(done[key]) + "\n")
+            key, trials = pending[task], task.result()
+            done[key] = trials
+            file.write(json.dumps({"key": key, "trials": trials}) + "\n")
             file.flush()
-            print(f"{time.time() - start:.0f} s: {key} took {seconds:.0f} s", flush=True)
+            print(f"{time.time() - start:.0f} s: {', seed '.join(map(str, key))}", flush=True)
     report(args, {key: done[key] for key in wanted})
 
 
-def timed(what: Callable[..., list[Trial]], *given: object) -> tuple[float, list[Trial]]:
-    start = time.perf_counter()
-    result = what(*given)
-    return time.perf_counter() - start, result
-
-
-def report(args: argparse.Namespace, done: dict[tuple[str, int], dict]) -> None:
+def report(args: argparse.Namespace, done: dict[tuple[str, int], list[Trial]]) -> None:
     from matplotlib import pyplot
 
     epochs = EPOCHS * args.trials
@@ -299,19 +317,22 @@ def report(args: argparse.Namespace, done: dict[tuple[str, int], dict]) -> None:
     ]
     lines += [
         "",
-        "| arm | seeds | s per trial | " + " | ".join(f"{m} epochs" for m in marks) + " |",
+        "| arm | seeds | proposing: median, p95 | "
+        + " | ".join(f"{m} epochs" for m in marks)
+        + " |",
     ]
     lines.append("|---" * (3 + len(marks)) + "|")
     figure, axes = pyplot.subplots(figsize=(9, 6), dpi=120, layout="constrained")
     for name in args.arms:
         runs = [r for (arm, _), r in done.items() if arm == name]
-        curves = np.array([volumes(r["trials"], epochs, 0.5) for r in runs])
+        curves = np.array([volumes(run, epochs, 0.5) for run in runs])
         mean = curves.mean(axis=0)
         error = curves.std(axis=0, ddof=min(1, len(runs) - 1)) / np.sqrt(len(runs))
-        spent = int(np.mean([sum(t[0] for t in r["trials"]) for r in runs]))
-        per_trial = np.mean([r["seconds"] / len(r["trials"]) for r in runs])
+        spent = int(np.mean([sum(trial.epochs for trial in run) for run in runs]))
+        seconds = [trial.proposing_s for run in runs for trial in run]
+        proposing = "{:.2f} s, {:.2f} s".format(*np.quantile(seconds, [0.5, 0.95]))
         cells = [f"{mean[m]:.4f} ± {error[m]:.4f}" if m <= spent else "" for m in marks]
-        lines.append(f"| {name} | {len(runs)} | {per_trial:.3f} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | {len(runs)} | {proposing} | " + " | ".join(cells) + " |")
         x = np.arange(2, min(spent, epochs) + 1)
         (line,) = axes.plot(x, mean[x], label=name)
         axes.fill_between(

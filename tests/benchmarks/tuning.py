@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pruners import PrunableViT
-from pruners.training import FineTuner, Recipe, evaluate
+from pruners.evaluation import evaluate
+from pruners.training import FineTuner, Recipe
 from search.decode import ImageSpec
 from search.parquet import Images, open_images
 

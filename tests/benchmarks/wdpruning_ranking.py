@@ -20,10 +20,10 @@ from torch import Tensor
 from tuning import BATCH, SAMPLE, SPEC, dense_model
 
 from pruners import cost_of, load_method
+from pruners.evaluation import evaluate
 from pruners.gates import LearningData
 from pruners.methods.wdpruning import WDPruning
 from pruners.sites import kind_of
-from pruners.training import evaluate
 from search.parquet import open_images
 
 CASES = {

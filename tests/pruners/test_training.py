@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pruners import Plan, PrunableViT, Step, load_method
+from pruners.evaluation import evaluate, images_per_second
 from pruners.tokens import Tokens
 from pruners.training import (
     FineTuner,
@@ -15,8 +16,6 @@ from pruners.training import (
     Recipe,
     autocast_dtype,
     distillation,
-    evaluate,
-    images_per_second,
     schedule_factor,
 )
 

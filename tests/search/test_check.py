@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from search.check import check, label_range
 from search.shards import find_shards
-from search.sweep import SweepError, load_sweep
+from search.sweep import SweepError
+from search.sweep_file import load_sweep
 from tests.conftest import TINY, labelled, write_images
 
 

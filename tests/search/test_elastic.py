@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pruners import Plan, PrunableViT, Step, load_method
+from pruners.evaluation import evaluate
 from pruners.learned import Learned
 from pruners.shared_weights import Subnet
-from pruners.training import NonFiniteLossError, Recipe, evaluate, schedule_factor
+from pruners.training import NonFiniteLossError, Recipe, schedule_factor
 from search.check import check
 from search.elastic import (
     FOLDER,
@@ -25,8 +26,9 @@ from search.elastic import (
     tune_elastic,
     tune_once,
 )
-from search.sweep import Sweep, SweepFailedError, load_sweep
-from search.trial import open_split
+from search.sweep import Sweep, SweepFailedError
+from search.sweep_file import load_sweep
+from search.trial_data import open_split
 
 GROUPED, EVIT, MAGNITUDE = (load_method(name) for name in ("grouped", "evit", "magnitude"))
 

@@ -14,7 +14,8 @@ from search import recorder as module
 from search.progress import Progress
 from search.recorder import Recorder
 from search.results import build_front, read_front, read_trials
-from search.sweep import Sweep, SweepFailedError, load_sweep
+from search.sweep import Sweep, SweepFailedError
+from search.sweep_file import load_sweep
 
 PLAN = {"steps": [{"method": "magnitude", "options": {}, "thresholds": {"blocks.0.mlp.fc1": 0.5}}]}
 

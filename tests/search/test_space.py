@@ -8,7 +8,8 @@ from pruners import cost_of, load_method
 from search.own import own_shares
 from search.space import OutOfReachError, Space
 from search.space_step import Rung
-from search.sweep import SweepError, load_sweep
+from search.sweep import SweepError
+from search.sweep_file import load_sweep
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 

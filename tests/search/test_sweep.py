@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from search.sweep import Sweep, SweepError, check_files, load_sweep, sweep_toml
+from search.sweep import Sweep, SweepError
+from search.sweep_file import check_files, load_sweep, sweep_toml
 
 SWEEPS = Path(__file__).parents[2] / "search" / "sweeps"
 MINIMAL = """

@@ -9,21 +9,14 @@ import torch
 
 import search.trial
 from pruners import PrunableViT, ViTShape
-from pruners.training import evaluate
+from pruners.evaluation import evaluate
 from search.check import check
 from search.parquet import Images
 from search.searcher import PlanSearcher
-from search.sweep import load_sweep
+from search.sweep_file import load_sweep
 from search.teacher import PREFIX, Teacher
-from search.trial import (
-    STATE,
-    PlanTrial,
-    TrialInputs,
-    measure_on_test,
-    mixed_seed,
-    open_split,
-    trial_device,
-)
+from search.trial import STATE, PlanTrial, TrialInputs
+from search.trial_data import measure_on_test, mixed_seed, open_split, trial_device
 
 
 def whole_inputs(sweep) -> TrialInputs:

@@ -16,13 +16,13 @@ from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
 
 from pruners import PrunableViT, ViTShape, cost_of
-from pruners.training import evaluate
+from pruners.evaluation import evaluate
 from search.__main__ import main
 from search.check import check
 from search.results import read_front, read_trials
-from search.sweep import load_sweep
+from search.sweep_file import load_sweep
 from search.tracking import local_uri
-from search.trial import open_split
+from search.trial_data import open_split
 from search.tuner import bundle, most_trials_at_once
 from tests.conftest import write_images
 
