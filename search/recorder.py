@@ -214,7 +214,8 @@ def _drop(record: TrialRecord, dense: TrialRecord | None) -> float | None:
 
 def new_record(config: dict[str, Any]) -> TrialRecord:
     """Return the record of a trial that has just got its configuration."""
-    plan = Plan.from_json(config["plan"])
+    values = json.loads(config["plan"])
+    plan = Plan.from_json(values)
     methods = "+".join(step.pruner.name for step in plan.steps if step.active) or "dense"
     ratio = config["cost_ratio"]
     return TrialRecord(
@@ -238,7 +239,7 @@ def new_record(config: dict[str, Any]) -> TrialRecord:
         params=None,
         density=None,
         images_per_s=None,
-        plan=config["plan"],
+        plan=values,
         plan_line=plan.describe(),
         shape={},
         seconds=0.0,

@@ -8,6 +8,7 @@ otherwise.
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 import time
@@ -19,6 +20,7 @@ import optuna
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
+from pruners import Plan
 from search.again import standard_error, to_confirm, to_train_long
 from search.constraints import violations
 from search.proposer import OBJECTIVES, Proposer, Told
@@ -138,7 +140,7 @@ class PlanSearcher(Searcher):
     def _next(self) -> Config | str | None:
         name = f"{self.asked:04d}"
         if self.asked == 0:
-            return _config(name, "dense", epochs=0, plan={"steps": []}, cost_ratio=1.0)
+            return _config(name, "dense", Plan(), epochs=0, cost_ratio=1.0)
         if not self.stopped:
             seconds = self.seconds_before + self.clock() - self.start
             self.stopped = why_stop(self.sweep, self.asked, seconds, self.proposer.told)
@@ -162,8 +164,8 @@ class PlanSearcher(Searcher):
         return _config(
             name,
             origin,
+            proposal.plan,
             epochs=self.sweep.epochs,
-            plan=proposal.plan.to_json(),
             cost_ratio=proposal.cost_ratio,
             learned=proposal.scores,
             parameters=dict(proposal.parameters),
@@ -211,8 +213,8 @@ class PlanSearcher(Searcher):
         return _config(
             "",
             origin,
+            proposal.plan,
             epochs=epochs,
-            plan=proposal.plan.to_json(),
             cost_ratio=proposal.cost_ratio,
             learned=proposal.scores,
             parameters=dict(proposal.parameters),
@@ -243,10 +245,12 @@ _STATE = (
 )
 
 
-def _config(name: str, origin: str, **values: Any) -> Config:
+def _config(name: str, origin: str, plan: Plan, **values: Any) -> Config:
+    """Return a trial's configuration; Ray keeps it with each result, where text takes less."""
     return {
         "trial": name,
         "origin": origin,
+        "plan": json.dumps(plan.to_json()),
         "learned": "",
         "parameters": {},
         "of": "",

@@ -141,7 +141,7 @@ class PlanTrial(tune.Trainable):
 
     def _begin(self, config: dict[str, Any]) -> None:
         self.config = config
-        self.plan = Plan.from_json(config["plan"])
+        self.plan = Plan.from_json(json.loads(config["plan"]))
         self.epoch, self.seconds, self.latency_ms = -1, 0.0, 0.0
         self.measured = Evaluation(top1=0.0, loss=0.0, images=0, images_per_s=0.0)
         uncut = self.dense if config["origin"] == "dense" else self.start

@@ -17,7 +17,6 @@ from pruners.learned import Learned
 from search.elastic import ElasticStart, tune_elastic
 from search.learning import LearningRun, learn_all
 from search.moasha import MoAsha, RungState
-from search.old_checkpoints import OldCheckpoints
 from search.progress import Progress, front_line
 from search.recorder import Recorder
 from search.results import (
@@ -202,9 +201,7 @@ def run_trials(
 ) -> None:
     """Let Ray Tune run the trials."""
     sweep = inputs.sweep
-    directory = sweep.directory.resolve()
-    old = OldCheckpoints(directory / TRIALS)
-    scheduler, callbacks = None, [recorder, old]
+    scheduler, callbacks = None, [recorder]
     if sweep.halving is not None:
         scheduler = MoAsha(epochs=sweep.epochs, **sweep.halving.model_dump())
         callbacks.append(RungState(scheduler))
@@ -213,7 +210,7 @@ def run_trials(
     tune.run(
         tune.with_parameters(PlanTrial, inputs=inputs),
         name=TRIALS,
-        storage_path=str(directory),
+        storage_path=str(sweep.directory.resolve()),
         search_alg=searcher,
         scheduler=scheduler,
         num_samples=-1,  # the searcher says when there are no more
@@ -221,7 +218,10 @@ def run_trials(
         resources_per_trial=tune.PlacementGroupFactory([bundle(sweep)]),
         reuse_actors=True,
         callbacks=callbacks,
-        checkpoint_config=CheckpointConfig(checkpoint_frequency=1),
+        # Two, since Ray's snapshot may be one behind. It also takes one whenever a trial has written
+        # two: rarer ones and deleting here would be faster with thousands of trials, but Ray copies
+        # snapshots in the background, and may be more than two behind when its process dies.
+        checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_frequency=1),
         max_failures=sweep.max_failures,
         raise_on_failed_trial=False,
         trial_name_creator=_name,
@@ -229,8 +229,6 @@ def run_trials(
         resume_config=ResumeConfig() if resuming else None,
         verbose=0,
     )
-    if searcher.finished:
-        old.end()
 
 
 def bundle(sweep: Sweep) -> dict[str, float]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import logging
 import os
 import statistics
@@ -121,7 +122,7 @@ def train(config: dict[str, Any], inputs: TrialInputs, space: Space) -> None:
             "trial": "0001",
             "origin": "search",
             "epochs": inputs.sweep.epochs,
-            "plan": proposal.plan.to_json(),
+            "plan": json.dumps(proposal.plan.to_json()),
             "cost_ratio": proposal.cost_ratio,
         }
     )

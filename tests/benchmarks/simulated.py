@@ -21,7 +21,7 @@ def made_up(config: dict[str, Any], dense: ViTShape, epoch: int) -> dict[str, An
     """Return the result of a trial's epoch, with the shape and cost that its plan really has."""
     rng = np.random.default_rng(int(config["trial"]))
     talent, fails = rng.normal(0.0, 2.0), rng.random() < FAILED and config["origin"] != "dense"
-    shape = Plan.from_json(config["plan"]).shape(dense)
+    shape = Plan.from_json(json.loads(config["plan"])).shape(dense)
     cost = cost_of(shape)
     last = epoch >= config["epochs"]
     status = "running" if not last else "failed" if fails else "finished"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import math
 import os
 import statistics
@@ -114,10 +115,10 @@ class Actor:
     """A process of a sweep, with a trial of either kind."""
 
     def __init__(self, inputs: dict[str, TrialInputs]) -> None:
-        idle = config_of({"steps": []})
+        idle = config_of(Plan())
         self.trials = {kind: trial_of(idle, given) for kind, given in inputs.items()}
 
-    def cut(self, plan: dict[str, Any]) -> None:
+    def cut(self, plan: Plan) -> None:
         """Let both begin with a plan."""
         for trial in self.trials.values():
             trial.reset_config(config_of(plan))
@@ -148,8 +149,9 @@ class Actor:
         return time.process_time() - start, compute
 
 
-def config_of(plan: dict[str, Any]) -> dict[str, Any]:
-    return {"trial": "0001", "origin": "search", "epochs": 1, "plan": plan, "cost_ratio": 1.0}
+def config_of(plan: Plan) -> dict[str, Any]:
+    text = json.dumps(plan.to_json())
+    return {"trial": "0001", "origin": "search", "epochs": 1, "plan": text, "cost_ratio": 1.0}
 
 
 def steps_of(trial: PlanTrial) -> int:
@@ -164,9 +166,7 @@ def trial_of(config: dict[str, Any], inputs: TrialInputs) -> PlanTrial:
     return Here(config)
 
 
-def measure(
-    actors: list[Any], plan: dict[str, Any], args: argparse.Namespace
-) -> dict[str, list[Seconds]]:
+def measure(actors: list[Any], plan: Plan, args: argparse.Namespace) -> dict[str, list[Seconds]]:
     """Train a plan on all actors at the same time, both kinds in turn."""
     ray.get([actor.cut.remote(plan) for actor in actors])
     seconds: dict[str, list[Seconds]] = {kind: [] for kind in KINDS}
@@ -272,7 +272,7 @@ def main() -> None:
         asked = [ray.get(actors[0].teach.remote()) for _ in range(3)]
         lookup_s, compute_s = map(statistics.median, zip(*asked, strict=True))
         for ratio, count in itertools.product(args.plans, args.actors):
-            seconds = measure(actors[:count], plan_of(dense, ratio).to_json(), args)
+            seconds = measure(actors[:count], plan_of(dense, ratio), args)
             rows.append(row_of(ratio, count, seconds, (lookup_s, compute_s)))
             print(table(rows).splitlines()[-1], flush=True)
     out.mkdir(parents=True, exist_ok=True)

@@ -58,7 +58,7 @@ def trial_of(name: str, ratio: float = 0.5, origin: str = "search", of: str = ""
         "trial": name,
         "origin": origin,
         "epochs": 1,
-        "plan": {"steps": []} if origin == "dense" else PLAN,
+        "plan": json.dumps({"steps": []} if origin == "dense" else PLAN),
         "cost_ratio": ratio,
         "parameters": {"budget": ratio},
         "of": of,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import search.trial
+import search.trial_data
 from pruners import PrunableViT, ViTShape
 from pruners.evaluation import evaluate
 from search.check import check
@@ -344,15 +344,17 @@ def test_scoring_reads_its_images_once_and_only_when_asked(
     sweep_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = []
-    calibration_batches = search.trial.calibration_batches
+    calibration_batches = search.trial_data.calibration_batches
 
     def noting(*args):
         read.append(args)
         return calibration_batches(*args)
 
-    monkeypatch.setattr("search.trial.calibration_batches", noting)
+    monkeypatch.setattr("search.trial_data.calibration_batches", noting)
     plans = {
-        method: {"steps": [{"method": method, "options": {}, "thresholds": {site: 0.5}}]}
+        method: json.dumps(
+            {"steps": [{"method": method, "options": {}, "thresholds": {site: 0.5}}]}
+        )
         for method, site in (("magnitude", "blocks.0.mlp.fc1"), ("taylor", "blocks.1.mlp.fc1"))
     }
     config = {"trial": "0001", "epochs": 1, "cost_ratio": 0.9, "origin": "search"}
