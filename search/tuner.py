@@ -218,9 +218,9 @@ def run_trials(
         resources_per_trial=tune.PlacementGroupFactory([bundle(sweep)]),
         reuse_actors=True,
         callbacks=callbacks,
-        # Two, since Ray's snapshot may be one behind. Ray also takes one whenever a trial has written
-        # two. Rarer ones, and deleting checkpoints here, would be faster with thousands of trials;
-        # but snapshots are copied in the background, and may be far behind when the driver dies.
+        # Two, since Ray's snapshot may be one behind. Ray also takes one whenever a trial has
+        # written two. Rarer ones, and deleting checkpoints here, would be faster with thousands of
+        # trials; but they are copied in the background, and far behind when the driver dies.
         checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_frequency=1),
         max_failures=sweep.max_failures,
         raise_on_failed_trial=False,
