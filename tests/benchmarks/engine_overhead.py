@@ -22,11 +22,9 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pyarrow.parquet as pq
 import ray
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -135,11 +133,6 @@ def train(config: dict[str, Any], inputs: TrialInputs, space: Space) -> None:
             tune.report(result, checkpoint=tune.Checkpoint.from_directory(folder))
 
 
-def sample(trial: optuna.Trial, space: Space) -> None:
-    """Sample a trial's parameters, for `OptunaSearch`."""
-    space.sample(trial)
-
-
 def run_plain(sweep: Sweep, dense: PrunableViT, space: Space, folder: str) -> Row:
     """Run as many trials with Ray Tune's own parts and its defaults."""
     ends, inputs = Ends(), TrialInputs(sweep=sweep, dense=dense, start=dense)
@@ -151,7 +144,7 @@ def run_plain(sweep: Sweep, dense: PrunableViT, space: Space, folder: str) -> Ro
         name="plain",
         storage_path=folder,
         search_alg=OptunaSearch(
-            partial(sample, space=space),
+            space.sample,
             metric=["val_top1", "cost_ratio"],
             mode=["max", "min"],
         ),

@@ -26,7 +26,8 @@ import optuna
 import torch
 from engine_arm import expected_epochs
 from optuna.samplers import NSGAIISampler
-from surrogate import EPOCHS, Surrogate, errors
+from quality_problem import HIGH, LOW, TUNE_EPOCHS
+from surrogate import Surrogate, errors
 from tuning import SAMPLE, SPEC, dense_model
 
 from pruners import Plan, Step, cost_of, load_method
@@ -41,7 +42,6 @@ from search.sweep import Sweep
 from search.sweep_file import load_sweep
 
 matplotlib.use("Agg")
-LOW, HIGH = 0.25, 0.97
 SWEEP = SAMPLE.parent / "sweeps" / "sample.toml"
 
 
@@ -110,7 +110,7 @@ def sweep_of(arm: Arm, trials: int, seed: int) -> Sweep:
     kind = arm.space or "layer"
     kind = kind if kind in ("residual", "layer", "tied") else "residual"
     steps = ", ".join(f'{{method="{m}", space="{kind}"}}' for m in ("grouped", "tome"))
-    settings = {"ladder": "5", "epochs": str(EPOCHS)} | arm.settings
+    settings = {"ladder": "5", "epochs": str(TUNE_EPOCHS)} | arm.settings
     sets = [f"{key}={value}" for key, value in settings.items()]
     sets += [f"steps=[{steps}]", 'cost="gmacs"', f"budget=[{LOW}, {HIGH}]"]
     return load_sweep(SWEEP, [*sets, f"trials={trials + 1}", f"seed={seed}"])
@@ -147,7 +147,9 @@ def simulate(name: str, seed: int, trials: int) -> list[Trial]:
     arm = ARMS[name]
     trials = min(trials, arm.most)
     sweep = sweep_of(arm, trials, seed)
-    trials = math.ceil(EPOCHS * trials / expected_epochs(sweep))  # more, where some are stopped
+    trials = math.ceil(
+        TUNE_EPOCHS * trials / expected_epochs(sweep)
+    )  # more, where some are stopped
     sweep = sweep_of(arm, trials, seed)
     space = space_of(sweep)
     if arm.space in ("ladder", "own"):
@@ -164,17 +166,17 @@ def engine(proposer: Proposer, trials: int, seed: int) -> Iterator[Trial]:
     surrogate, rng = known()[0], np.random.default_rng(1_000 + seed)
     settings, halving = proposer.sweep.halving, None
     if settings is not None:
-        halving = MoAsha(epochs=EPOCHS, **settings.model_dump())
+        halving = MoAsha(epochs=TUNE_EPOCHS, **settings.model_dump())
     for position in range(1, trials + 1):
         label = f"{position:04d}"
         start = time.perf_counter()
         _, proposal = proposer.ask(label, position)
         seconds = time.perf_counter() - start
         curve = surrogate.curve(proposal.plan, rng)
-        spent = EPOCHS
+        spent = TUNE_EPOCHS
         if halving is not None:
             spent = stopped_after(halving, label, proposal.cost_ratio, curve)
-        ended = spent == EPOCHS
+        ended = spent == TUNE_EPOCHS
         proposer.tell(label, float(curve[-1]) if ended else None, proposal.cost_ratio)
         top1 = float(curve[-1]) if ended else float("nan")
         yield Trial(spent, proposal.cost_ratio, top1, seconds)
@@ -186,12 +188,12 @@ def stopped_after(halving: MoAsha, label: str, cost: float, curve: np.ndarray) -
     class Running:
         config = {"trial": label, "origin": "search"}  # noqa: RUF012
 
-    for epoch in range(EPOCHS):
+    for epoch in range(TUNE_EPOCHS):
         result = {"status": "running", "epoch": epoch, "cost_ratio": cost}
         result["val_top1"] = float(curve[epoch])
         if halving.on_trial_result(None, Running(), result) == MoAsha.STOP:
             return epoch
-    return EPOCHS
+    return TUNE_EPOCHS
 
 
 def raw(proposer: Proposer, trials: int, seed: int) -> Iterator[Trial]:
@@ -219,7 +221,7 @@ def raw(proposer: Proposer, trials: int, seed: int) -> Iterator[Trial]:
         top1 = float(surrogate.curve(plan, rng)[-1])
         study.tell(trial, [top1, cost])
         done += 1
-        yield Trial(EPOCHS, cost, top1, seconds)
+        yield Trial(TUNE_EPOCHS, cost, top1, seconds)
         start = time.perf_counter()
 
 
@@ -237,7 +239,7 @@ def ladder(space: Space, trials: int, seed: int, *, uniform: bool) -> Iterator[T
         else:
             proposal = space.propose(parameters)
             plan, cost = proposal.plan, proposal.cost_ratio
-        yield Trial(EPOCHS, cost, float(surrogate.curve(plan, rng)[-1]))
+        yield Trial(TUNE_EPOCHS, cost, float(surrogate.curve(plan, rng)[-1]))
 
 
 def uniform_plan(space: Space, budget: float) -> tuple[Plan, float]:
@@ -306,7 +308,7 @@ def main() -> None:
 def report(args: argparse.Namespace, done: dict[tuple[str, int], list[Trial]]) -> None:
     from matplotlib import pyplot
 
-    epochs = EPOCHS * args.trials
+    epochs = TUNE_EPOCHS * args.trials
     marks = [m for m in (32, 100, 200, 400, 1000) if m <= epochs]
     lines = [
         "surrogate: "

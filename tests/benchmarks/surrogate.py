@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from quality_problem import TUNE_EPOCHS
 from scipy.stats import spearmanr
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.gaussian_process import GaussianProcessRegressor
@@ -24,7 +25,6 @@ from pruners import Plan
 TRIALS = Path(__file__).parent / "data" / "trials.parquet"
 KINDS = ("attn.head", "mlp.neuron", "token")
 BLOCKS = 6
-EPOCHS = 2
 NOISE = 0.5  # points of top-1 between trainings of one plan; see README
 
 Floats = NDArray[np.float64]
@@ -39,7 +39,9 @@ class Surrogate:
     @classmethod
     def fit(cls) -> Surrogate:
         features, top1 = trials()
-        return cls(models=tuple(_process().fit(features, top1[:, e]) for e in range(EPOCHS + 1)))
+        return cls(
+            models=tuple(_process().fit(features, top1[:, e]) for e in range(TUNE_EPOCHS + 1))
+        )
 
     def curve(self, plan: Plan, rng: np.random.Generator) -> Floats:
         """Return top-1 [epochs + 1] of a plan, with noise that all epochs share.
@@ -58,7 +60,7 @@ def trials() -> tuple[Floats, Floats]:
     table = pq.read_table(TRIALS).to_pandas()
     shares = table[[f"blocks.{i}.{kind}" for kind in KINDS for i in range(BLOCKS)]].to_numpy()
     features = np.stack([kept(row.reshape(len(KINDS), BLOCKS)) for row in shares])
-    return features, table[[f"top1_{e}" for e in range(EPOCHS + 1)]].to_numpy()
+    return features, table[[f"top1_{e}" for e in range(TUNE_EPOCHS + 1)]].to_numpy()
 
 
 def kept(shares: Floats) -> Floats:
@@ -73,7 +75,7 @@ def errors() -> list[tuple[float, float]]:
     features, top1 = trials()
     folds = KFold(10, shuffle=True, random_state=0)
     found = []
-    for epoch in range(EPOCHS + 1):
+    for epoch in range(TUNE_EPOCHS + 1):
         predicted = cross_val_predict(_process(), features, top1[:, epoch], cv=folds)
         rmse = float(np.sqrt(np.mean((predicted - top1[:, epoch]) ** 2)))
         found.append((rmse, float(spearmanr(predicted, top1[:, epoch]).statistic)))

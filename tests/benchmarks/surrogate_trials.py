@@ -14,46 +14,34 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-from surrogate import BLOCKS, EPOCHS, KINDS, TRIALS
+from quality_problem import HIGH, ROOT, SAMPLE, TUNE_EPOCHS, Settings
+from surrogate import BLOCKS, KINDS, TRIALS
 
 from search.check import check
 from search.results import TrialRecord, read_trials
 from search.sweep import Sweep
-from search.sweep_file import load_sweep
 from search.tuner import RAY_SETTINGS, is_done, run_sweep
 
-ROOT = Path(__file__).parents[2]
 SPACES = ("residual", "layer", "tied")
-LOW, HIGH = 0.2, 0.97
+LEAST = 0.2
+"""Cost below that of any plan that the surrogate will be asked for."""
 
 
-def sweep_of(space: str, args: argparse.Namespace) -> Sweep:
-    out = Path(args.out).absolute() / "surrogate_trials"
-    out.mkdir(parents=True, exist_ok=True)
-    train = out / "train.parquet"
-    if not train.exists():
-        table = pq.read_table(ROOT / "search" / "sample" / "train.parquet")
-        rows = np.random.default_rng(0).permutation(table.num_rows)[: args.images]
-        pq.write_table(table.take(np.sort(rows)), train)
+def sweep_of(settings: Settings, space: str) -> Sweep:
+    """Return the sweep of a kind of space."""
     steps = ", ".join(f"{{method='{method}', space='{space}'}}" for method in ("grouped", "tome"))
-    sets = [
-        f"name='{space}'",
-        f"storage='{out}'",
-        f"data.train='{train}'",
+    return settings.sweep(
+        space,
+        0,
         f"steps=[{steps}]",
-        "cost='gmacs'",
-        f"budget=[{LOW}, {HIGH}]",
+        f"budget=[{LEAST}, {HIGH}]",
         "sampler='random'",
         "refine=0.0",
-        f"trials={args.trials + 1}",
-        f"epochs={EPOCHS}",
-        "finetune.lr=2e-4",
-    ]
-    return load_sweep(ROOT / "search" / "sweeps" / "sample.toml", sets)
+        "concurrency=2",
+    )
 
 
 def row_of(space: str, record: TrialRecord) -> dict[str, object]:
@@ -74,12 +62,21 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2_000, help="training images of an epoch")
     parser.add_argument("--out", default="results/benchmarks", help="folder of the sweeps")
     args = parser.parse_args()
+    out = Path(args.out).resolve()
     os.chdir(ROOT)  # the sweep's paths begin here
     os.environ |= RAY_SETTINGS
     ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    settings = Settings(
+        train=str(SAMPLE / "train.parquet"),
+        test="",
+        images=args.images,
+        epochs=TUNE_EPOCHS * args.trials,
+        out=str(out / "surrogate_trials"),
+    )
+    settings.write_images()
     rows = []
     for space in SPACES:
-        sweep = sweep_of(space, args)
+        sweep = sweep_of(settings, space)
         if not is_done(sweep):
             run_sweep(sweep, *check(sweep), sys.stdout)
         records = read_trials(sweep.directory / "trials.parquet")

@@ -16,7 +16,7 @@ from search.searcher import PlanSearcher
 from search.sweep_file import load_sweep
 from search.teacher import PREFIX, Teacher
 from search.trial import STATE, PlanTrial, TrialInputs
-from search.trial_data import measure_on_test, mixed_seed, open_split, trial_device
+from search.trial_data import measure_on_test, open_split, trial_device
 
 
 def whole_inputs(sweep) -> TrialInputs:
@@ -371,11 +371,3 @@ def test_scoring_reads_its_images_once_and_only_when_asked(
     ):
         assert torch.equal(ours, theirs)
         assert torch.equal(labels, others)
-
-
-def test_a_mixed_seed_depends_on_every_part_and_their_places() -> None:
-    parts = [(0, 0), (0, 1), (1, 0), (1, 0, 0, 1), (1, 0, 1, 0), (2**80, 3), (3, 2**80)]
-    seeds = {mixed_seed(*part) for part in parts}
-    assert len(seeds) == len(parts)
-    for seed in seeds:
-        torch.manual_seed(seed)  # accepts them all
