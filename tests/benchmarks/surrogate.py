@@ -25,7 +25,7 @@ from pruners import Plan
 TRIALS = Path(__file__).parent / "data" / "trials.parquet"
 KINDS = ("attn.head", "mlp.neuron", "token")
 BLOCKS = 6
-NOISE = 0.5  # points of top-1 between trainings of one plan; see README
+NOISE = 0.5  # points of top-1 between trainings of one plan; assumed
 
 Floats = NDArray[np.float64]
 
