@@ -17,10 +17,14 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler
 
 from search.milestones import milestones
-from search.rungs import AmongBest, bracket_of, bracket_weights, within_band
+from search.rungs import bracket_of, bracket_weights, within_band
 
-NEVER_STOPPED = ("dense", "confirm", "final")
-"""Origins of trials that must run to their end; they are not compared with any other either."""
+NEVER_STOPPED = ("dense", "ladder", "confirm", "final")
+"""Origins of trials that run to their end; they are not compared with any other either.
+
+The ladder's are already chosen well, each for a budget of its own: among them a rung would stop the
+very plans that the search has to beat, and against them nearly all others.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,15 +50,7 @@ class MoAsha(FIFOScheduler):
     does it.
     """
 
-    def __init__(
-        self,
-        *,
-        epochs: int,
-        first: int,
-        eta: float,
-        brackets: int,
-        among_best: AmongBest = within_band,
-    ) -> None:
+    def __init__(self, *, epochs: int, first: int, eta: float, brackets: int) -> None:
         """Set the rungs.
 
         Args:
@@ -62,13 +58,12 @@ class MoAsha(FIFOScheduler):
             first: Epoch of the first rung; 0 is before fine-tuning.
             eta: One in eta goes on; each rung is eta times as long as the one before.
             brackets: Bracket s leaves out the first s rungs.
-            among_best: Decides who goes on.
 
         Raises:
             ValueError: If a value is out of range.
         """
         super().__init__()
-        self.eta, self.among_best = eta, among_best
+        self.eta = eta
         self.milestones = milestones(epochs, first, eta)
         self.weights = bracket_weights(len(self.milestones), eta, brackets)
         self.rungs: dict[tuple[int, int], dict[str, RungResult]] = {
@@ -175,7 +170,7 @@ class MoAsha(FIFOScheduler):
         others = [r for r in rung.values() if r.trial not in self.failed]
         costs = np.array([*(r.cost_ratio for r in others), result["cost_ratio"]], dtype=float)
         top1s = np.array([*(r.val_top1 for r in others), result["val_top1"]], dtype=float)
-        return self.among_best(costs, top1s, len(others), self.eta)
+        return within_band(costs, top1s, len(others), self.eta)
 
 
 class RungState(tune.Callback):

@@ -38,7 +38,7 @@ STEP = 0.15
 
 @dataclass(frozen=True, kw_only=True)
 class Told:
-    """What came of a proposal that was tuned to its full length."""
+    """What came of a feasible proposal that was tuned to its full length."""
 
     name: str
     proposal: Proposal
@@ -48,11 +48,12 @@ class Told:
 
 @dataclass(frozen=True, kw_only=True)
 class _Ended:
-    """What Optuna is told of a plan that was tuned to its full length."""
+    """What Optuna is told of a plan that was tuned, perhaps not to its full length."""
 
     top1: float
     cost: float
     constraints: Mapping[str, float]
+    stopped: bool
 
     @property
     def finite(self) -> bool:
@@ -99,8 +100,10 @@ class Proposer:
         self.study.set_user_attr("objectives", OBJECTIVES)
         self.finer = self.space.refined()
         self.rng = np.random.default_rng(self.sweep.seed)
-        most = max(self.sweep.ladder, self.sweep.trials // 4)
-        first = [("ladder", parameters) for parameters in self.space.ladder()[:most]]
+        ladder = self.space.ladder()
+        left = max(0, self.sweep.trials // 4 - len(ladder))
+        first = [("ladder", parameters) for parameters in ladder]
+        first += [("alone", parameters) for parameters in self.space.alone()[:left]]
         first += [("earlier", self._within(parameters)) for parameters in self.earlier]
         for origin, parameters in first:
             self.study.enqueue_trial(parameters, user_attrs={"origin": origin})
@@ -142,30 +145,34 @@ class Proposer:
     def tell(
         self,
         name: str,
-        top1: float | None,
+        top1: float,
         cost: float,
         constraints: Mapping[str, float] | None = None,
+        *,
+        stopped: bool = False,
     ) -> None:
         """Tell what came of a proposal; a second time it changes nothing.
 
+        Of one that was stopped Optuna is told what it had reached: less than it would have come to,
+        but that serves the sampler better than nothing, and no worse than an extrapolation
+        (`tests/benchmarks/search_quality_simulated.py`). It is never on the front.
+
         Args:
             name: The proposal's.
-            top1: Percent, after the full length; None if it was stopped earlier.
+            top1: Percent, after its last epoch.
             cost: Cost ratio.
             constraints: Name -> value, above 0 where it is violated.
+            stopped: Whether that was before its full length.
         """
         asked = self.asked.pop(name, None)
         if asked is None:
             return
-        if top1 is None:
-            self._end(asked.trial, TrialState.PRUNED)
-            return
-        ended = _Ended(top1=top1, cost=cost, constraints=dict(constraints or {}))
+        ended = _Ended(top1=top1, cost=cost, constraints=dict(constraints or {}), stopped=stopped)
         if not ended.finite:
             self._end(asked.trial, TrialState.FAIL)
             return
         self.ended[name] = ended
-        if ended.feasible:
+        if ended.feasible and not stopped:
             self.told.append(Told(name=name, proposal=asked.proposal, top1=top1, cost=cost))
         self._complete(asked.trial, ended)
 
@@ -220,6 +227,8 @@ class Proposer:
             return
         for name, value in ended.constraints.items():
             trial.set_constraint(name, value)
+        if ended.stopped:
+            trial.set_user_attr("stopped", True)
         self.study.tell(trial, [ended.top1, ended.cost])
 
     def _end(self, trial: optuna.Trial | None, state: TrialState) -> None:

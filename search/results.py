@@ -28,8 +28,9 @@ class TrialRecord:
         name: What a person tells it apart by.
         status: "running", "finished", "stopped" (ended early), "failed", or "dense".
         reason: Why it failed, in one line.
-        origin: "dense", "ladder" (the methods' own allocations), "earlier" (another sweep's front),
-            "search", "refined" (near the front), "confirm" (other seeds) or "final" (longer).
+        origin: "dense", "ladder" (the methods' own allocations), "alone" (a single method's),
+            "earlier" (another sweep's front), "search", "refined" (near the front), "confirm"
+            (other seeds) or "final" (longer).
         of: Trial whose plan this one trains again; empty for a plan of its own.
         seed: Which stream of images and random numbers it saw.
         parameters: What was sampled, by name.

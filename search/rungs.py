@@ -8,16 +8,12 @@ arrives, and never depends on the order in which the others came.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import moocore
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
-
-AmongBest = Callable[[Floats, Floats, int, float], bool]
-"""Of a rung's costs [n] and accuracies [n]: is result `i` among the best 1/eta?"""
 
 BAND = 4.0
 """Results that one is compared with, in multiples of eta.
@@ -118,53 +114,3 @@ def trend(x: Floats, y: Floats) -> float:
     reached = np.cumsum(weights[order])
     middle = int(np.searchsorted(reached, reached[-1] / 2.0))
     return max(0.0, float(slopes[order][middle]))
-
-
-def within_net(costs: Floats, top1s: Floats, candidate: int, eta: float) -> bool:
-    """Say whether a result is among the best 1/eta by non-domination rank, then by spread.
-
-    The first eta results may go on.
-    MO-ASHA with the epsilon-net (Schmucker et al., 2021, arXiv:2106.12639; Salinas et al., 2021,
-    arXiv:2106.05680). Where they leave it open, a front's first point is its most accurate.
-    """
-    if len(costs) <= eta:
-        return True
-    return bool(net_positions(costs, top1s)[candidate] * eta <= len(costs))
-
-
-def net_positions(costs: Floats, top1s: Floats) -> NDArray[np.int64]:
-    """Return the position [n] of each result, 1 for the best; equal results share theirs.
-
-    Objectives are scaled to the range that the rung's results span.
-    """
-    points, inverse, counts = np.unique(
-        np.column_stack([-top1s, costs]), axis=0, return_inverse=True, return_counts=True
-    )
-    span = np.ptp(points, axis=0)
-    scaled = points / np.where(span > 0.0, span, 1.0)
-    rank = ranks(points[:, 1], -points[:, 0])
-    order = np.concatenate(
-        [
-            members[spread(scaled[members])]
-            for members in (np.flatnonzero(rank == level) for level in range(rank.max() + 1))
-        ]
-    )
-    before = np.cumsum(counts[order]) - counts[order]
-    positions = np.empty(len(points), dtype=np.int64)
-    positions[order] = before + 1
-    return positions[inverse.ravel()]
-
-
-def spread(points: Floats) -> NDArray[np.int64]:
-    """Return an order of points [n, 2]: the first, then always the one farthest from those before.
-
-    Of equally far ones, the first of the points (Gonzalez, 1985).
-    """
-    order = np.zeros(len(points), dtype=np.int64)
-    distances = np.full(len(points), np.inf)
-    for place in range(1, len(points)):
-        last = points[order[place - 1]]
-        distances = np.minimum(distances, ((points - last) ** 2).sum(axis=1))
-        distances[order[place - 1]] = -1.0  # taken
-        order[place] = int(distances.argmax())
-    return order

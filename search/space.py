@@ -16,12 +16,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import optuna
 from optuna.samplers import RandomSampler
 
 from pruners import Plan, Step, ViTShape, cost_of
 from pruners.learned import LearnedPruner
 from pruners.sites import RAGGED
+from search.farthest import farthest_first
 from search.meet import Group, meet
 from search.space_step import Parameters, Rung, SpaceStep, refined, space_step
 from search.sweep import Sweep, SweepError
@@ -139,17 +141,22 @@ class Space:
         return parameters
 
     def ladder(self) -> list[Parameters]:
-        """Return the parameters of the first plans.
+        """Return parameters of all steps together, each as its method allocates itself.
 
-        First, for each budget, all steps together, each as its method allocates itself (of those
-        that learn one, in turn); then each step alone, where there are several.
+        Of the methods that learn one takes part, in turn. Budgets go from coarse to fine, so that
+        the first of them span the range already.
         """
-        gap = (self.high - self.low) / max(1, self.ladder_rungs - 1)
-        start = self.low if self.ladder_rungs > 1 else (self.low + self.high) / 2
-        budgets = [start + gap * rung for rung in range(self.ladder_rungs)]
-        plans = [self._neutral(budget, rung) for rung, budget in enumerate(budgets)]
-        for rung, budget in enumerate(budgets if len(self.steps) > 1 else ()):
-            plans += [self._alone(self._neutral(budget, rung), step) for step in self.steps]
+        return [self._neutral(budget, rung) for rung, budget in enumerate(self._budgets())]
+
+    def alone(self) -> list[Parameters]:
+        """Return parameters of each step alone, at the budgets of the ladder."""
+        if len(self.steps) == 1:
+            return []
+        plans = [
+            self._alone(self._neutral(budget, rung), step)
+            for rung, budget in enumerate(self._budgets())
+            for step in self.steps
+        ]
         return [plan for i, plan in enumerate(plans) if plan not in plans[:i]]
 
     def draw(self, count: int, seed: int) -> tuple[Plan, list[Plan]]:
@@ -290,6 +297,13 @@ class Space:
 
     def _ratio(self, plan: Plan) -> float:
         return getattr(cost_of(plan.shape(self.dense)), self.cost_name) / self.dense_cost
+
+    def _budgets(self) -> list[float]:
+        """Return the budgets of the first plans, from coarse to fine."""
+        if self.ladder_rungs == 1:
+            return [(self.low + self.high) / 2]
+        budgets = np.linspace(self.low, self.high, self.ladder_rungs)
+        return budgets[farthest_first(budgets[:, None])].tolist()
 
     def _neutral(self, budget: float, rung: int) -> Parameters:
         """Return the parameters of all steps together, as the methods allocate themselves."""

@@ -143,7 +143,7 @@ def test_a_sweep_over_all_that_learn(sweep_file: Path, capsys: pytest.CaptureFix
     """Every learning method proposes first trials of its own; they share one front."""
     extra = {"x_pruner": ", mask_epochs=1, budgets=[0.6, 0.8]"}
     steps = [f'{{method="{name}", epochs=1{extra.get(name, "")}}}' for name in LEARNERS]
-    trials = 2 * (2 * (len(LEARNERS) + 2))  # first plans are half of them at most
+    trials = 2 * (2 * (len(LEARNERS) + 2))  # a quarter of them are first plans
     sets = [f'steps=[{", ".join(steps)}, {{method="magnitude"}}]', f"trials={trials}"]
     assert main(["run", str(sweep_file), "--set", *sets]) == 0
     shown = capsys.readouterr().out
@@ -154,11 +154,11 @@ def test_a_sweep_over_all_that_learn(sweep_file: Path, capsys: pytest.CaptureFix
     assert len(files) == len(LEARNERS) + 2  # two budgets of one, and magnitude's scores
     assert {path.suffix for path in files} == {".safetensors"}
     assert shown.count(": learned in ") == len(files) - 1
-    ladder = [r for r in records if r.origin == "ladder"]
-    assert {r.methods for r in ladder} >= set(LEARNERS)
+    alone = [r for r in records if r.origin == "alone"]
+    assert {r.methods for r in alone} >= set(LEARNERS)
     used = {
         s["options"]["budget"]
-        for r in ladder
+        for r in alone
         if r.methods == "x_pruner"
         for s in r.plan["steps"]
         if s["method"] == "x_pruner"
@@ -167,7 +167,7 @@ def test_a_sweep_over_all_that_learn(sweep_file: Path, capsys: pytest.CaptureFix
     assert used <= {0.6, 0.8}  # the nearest of its budgets
 
     # A trial holds the weights that were trained with the scores, cut as the plan says.
-    record = next(r for r in ladder if r.methods == "x_pruner")
+    record = next(r for r in alone if r.methods == "x_pruner")
     vit = PrunableViT.load(storage / "tiny" / record.checkpoint)
     assert vit.shape() == Plan.from_json(record.plan).shape(
         check(load_sweep(sweep_file))[0].shape()

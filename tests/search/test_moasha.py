@@ -88,7 +88,7 @@ def test_a_stopped_trial_that_comes_past_its_rung_is_stopped() -> None:
     assert report(scheduler, "0001", 0, 20.0) == CONTINUE
 
 
-@pytest.mark.parametrize("origin", ["dense", "confirm", "final"])
+@pytest.mark.parametrize("origin", ["dense", "ladder", "confirm", "final"])
 def test_some_trials_always_run_to_their_end(origin: str) -> None:
     scheduler = MoAsha(epochs=8, first=1, eta=2.0, brackets=1)
     for i in range(4):
@@ -100,11 +100,12 @@ def test_some_trials_always_run_to_their_end(origin: str) -> None:
     assert at_rung(scheduler, 1) == before
 
 
-def test_the_ladder_competes() -> None:
+@pytest.mark.parametrize("origin", ["alone", "earlier", "search", "refined"])
+def test_others_compete(origin: str) -> None:
     scheduler = MoAsha(epochs=8, first=1, eta=2.0, brackets=1)
-    ladder = [trial(f"{i:04d}", "ladder") for i in range(3)]
+    trials = [trial(f"{i:04d}", origin) for i in range(3)]
     decided = [
-        scheduler.on_trial_result(None, rung, result(1, 70.0 - i)) for i, rung in enumerate(ladder)
+        scheduler.on_trial_result(None, one, result(1, 70.0 - i)) for i, one in enumerate(trials)
     ]
     assert decided == [CONTINUE, CONTINUE, STOP]
 

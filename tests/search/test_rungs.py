@@ -10,16 +10,12 @@ from hypothesis import strategies as st
 
 from search.rungs import (
     BAND,
-    AmongBest,
     Floats,
     bracket_of,
     bracket_weights,
-    net_positions,
     ranks,
-    spread,
     trend,
     within_band,
-    within_net,
 )
 
 # Few different values, so that points coincide and share a cost or an accuracy.
@@ -103,41 +99,38 @@ def test_ranks_are_those_of_fronts_peeled_one_by_one(rung: Floats) -> None:
     assert ranks(costs, top1s).tolist() == peeled(costs, top1s)
 
 
-@pytest.mark.parametrize("among_best", [within_band, within_net])
 @settings(max_examples=60, deadline=None)
 @given(rung=RUNGS, eta=ETAS, data=st.data())
 def test_the_order_of_arrival_does_not_matter(
-    among_best: AmongBest, rung: Floats, eta: float, data: st.DataObject
+    rung: Floats, eta: float, data: st.DataObject
 ) -> None:
     costs, top1s = rung
     order = np.array(data.draw(st.permutations(range(len(costs)))))
-    decided = [among_best(costs, top1s, i, eta) for i in range(len(costs))]
-    shuffled = [among_best(costs[order], top1s[order], i, eta) for i in range(len(costs))]
+    decided = [within_band(costs, top1s, i, eta) for i in range(len(costs))]
+    shuffled = [within_band(costs[order], top1s[order], i, eta) for i in range(len(costs))]
     assert shuffled == [decided[i] for i in order]
     assert any(decided)  # somebody may always go on
     equal = {point: decided[i] for i, point in enumerate(zip(costs, top1s, strict=True))}
     assert decided == [equal[point] for point in zip(costs, top1s, strict=True)]
 
 
-@pytest.mark.parametrize("among_best", [within_band, within_net])
 @pytest.mark.parametrize(("eta", "passing"), [(2.0, 2), (2.5, 2), (3.0, 3), (4.0, 4)])
-def test_the_first_eta_arrivals_pass(among_best: AmongBest, eta: float, passing: int) -> None:
+def test_the_first_eta_arrivals_pass(eta: float, passing: int) -> None:
     # Each is worse and dearer than all before.
     costs, top1s = np.array([0.3, 0.4, 0.5, 0.6, 0.7]), np.array([75.0, 74.0, 73.0, 72.0, 71.0])
-    decided = [among_best(costs[:n], top1s[:n], n - 1, eta) for n in range(1, 6)]
+    decided = [within_band(costs[:n], top1s[:n], n - 1, eta) for n in range(1, 6)]
     assert decided == [True] * passing + [False] * (5 - passing)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=30), ETAS)
-def test_at_one_cost_both_ways_are_plain_halving(values: list[int], eta: float) -> None:
+def test_at_one_cost_it_is_plain_halving(values: list[int], eta: float) -> None:
     top1s = np.array(values, dtype=float)
     costs = np.full(len(values), 0.5)
     for i, value in enumerate(values):
         position = 1 + sum(other > value for other in values)
         expected = len(values) <= eta or position <= len(values) / eta
         assert within_band(costs, top1s, i, eta) == expected
-        assert within_net(costs, top1s, i, eta) == expected
 
 
 def test_the_cheapest_result_passes_however_bad() -> None:
@@ -253,56 +246,3 @@ def test_trend_makes_residuals_least_dispersed(points: list[tuple[int, int]]) ->
     slopes = [(y[i] - y[j]) / (x[i] - x[j]) for i, j in pairs]
     least = min((dispersion(max(0.0, slope)) for slope in slopes), default=0.0)
     assert dispersion(trend(x, y)) == pytest.approx(least)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=12))
-def test_spread_goes_to_the_farthest_point(points: list[tuple[int, int]]) -> None:
-    array = np.array(points, dtype=float).reshape(-1, 2)
-    order = spread(array).tolist()
-    assert sorted(order) == list(range(len(points)))
-    assert order[:1] == [0][: len(points)]
-    for place in range(1, len(points)):
-        nearest = {
-            i: min(math.dist(points[i], points[j]) for j in order[:place])
-            for i in range(len(points))
-            if i not in order[:place]
-        }
-        assert nearest[order[place]] == max(nearest.values())
-        assert order[place] == min(i for i in nearest if nearest[i] == max(nearest.values()))
-
-
-def test_net_positions_by_hand() -> None:
-    # A front of four, unsorted, of which one is near the best; then a dominated point, twice.
-    costs = np.array([0.5, 0.1, 0.9, 0.3, 0.9, 0.88])
-    top1s = np.array([75.0, 60.0, 80.0, 71.0, 70.0, 79.5])
-    # 0.9/80 first, then the far end 0.1/60, then 0.3/71 or 0.5/75 by distance, 0.88/79.5 last.
-    scaled = np.column_stack([(costs - 0.1) / 0.8, (top1s - 60.0) / 20.0])
-    to = {i: min(math.dist(scaled[i], scaled[j]) for j in (2, 1)) for i in (0, 3)}
-    assert to[3] > to[0]
-    assert net_positions(costs, top1s).tolist() == [4, 2, 1, 3, 6, 5]
-    twice = np.r_[costs, 0.9], np.r_[top1s, 70.0]
-    assert net_positions(*twice).tolist() == [4, 2, 1, 3, 6, 5, 6]
-
-
-@settings(max_examples=60, deadline=None)
-@given(RUNGS)
-def test_net_positions_put_better_ranks_first(rung: Floats) -> None:
-    costs, top1s = rung
-    positions, rank = net_positions(costs, top1s), np.array(peeled(costs, top1s))
-    for i in range(len(costs)):
-        assert positions[i] > (rank < rank[i]).sum()
-        assert positions[i] <= (rank <= rank[i]).sum()
-    # Each position is one more than the number of results before, so none is given out twice.
-    assert sorted(positions) == sorted(1 + (positions < p).sum() for p in positions)
-    best = np.flatnonzero(rank == 0)
-    assert positions[best[top1s[best].argmax()]] == 1
-
-
-def test_the_net_does_not_depend_on_units() -> None:
-    costs = np.random.default_rng(7).uniform(0.3, 0.8, 30)
-    top1s = 80 - 20 * (1 - costs) ** 3  # one front
-    positions = net_positions(costs, top1s).tolist()
-    assert sorted(positions) == list(range(1, 31))
-    assert net_positions(1_000 * costs, top1s).tolist() == positions
-    assert net_positions(costs, 70 + top1s / 100).tolist() == positions

@@ -86,7 +86,7 @@ def test_alone_and_without_deviations_a_step_is_the_methods_own_allocation(
     sweep = load_sweep(sweep_file, [MIXED.replace("evit", "tome"), "ladder=3"])
     space = known_space(sweep, vit, batches_for(vit))
     dense = vit.shape()
-    alone = [p for p in map(space.propose, space.ladder()) if len(actives(p)) == 1]
+    alone = [space.propose(parameters) for parameters in space.alone()]
     compared = 0
     assert [actives(p) for p in alone] == [["grouped"], ["tome"], ["magnitude"]] * 3
     for proposal in alone:
@@ -168,13 +168,36 @@ def test_the_slope_runs_over_the_depth(space: Space) -> None:
 
 
 def test_first_plans_span_the_budget_together_and_alone(space: Space) -> None:
-    ladder = [space.propose(parameters) for parameters in space.ladder()]
-    assert [p.parameters["budget"] for p in ladder] == [0.5, 0.9] + [0.5] * 3 + [0.9] * 3
     together = ["grouped", "evit", "magnitude"]
+    ladder = [space.propose(parameters) for parameters in space.ladder()]
+    assert [p.parameters["budget"] for p in ladder] == [0.5, 0.9]
+    assert [actives(p) for p in ladder] == [together] * 2
+    singles = [space.propose(parameters) for parameters in space.alone()]
+    assert [p.parameters["budget"] for p in singles] == [0.5] * 3 + [0.9] * 3
     alone = [["grouped"], ["evit"], ["magnitude"]]
-    assert [actives(p) for p in ladder[:2]] == [together] * 2
-    assert [actives(p) for p in ladder[5:]] == alone
-    assert [actives(p) for p in ladder[2:5]] == [alone[0], together, alone[2]]  # evit ends before
+    assert [actives(p) for p in singles[3:]] == alone
+    assert [actives(p) for p in singles[:3]] == [alone[0], together, alone[2]]  # evit ends before
+
+
+@pytest.mark.parametrize(
+    ("count", "places"),
+    [(0, []), (1, [0.5]), (2, [0, 1]), (5, [0, 1, 0.5, 0.25, 0.75])],
+)
+def test_budgets_of_the_first_plans_go_from_coarse_to_fine(
+    count: int, places: list[float], sweep_file, tiny
+) -> None:
+    space = Space(load_sweep(sweep_file, [MIXED, f"ladder={count}"]), tiny().shape())
+    budgets = [parameters["budget"] for parameters in space.ladder()]
+    assert budgets == pytest.approx([0.5 + 0.4 * place for place in places])
+    for budget in set(budgets):
+        of_it = [parameters for parameters in space.alone() if parameters["budget"] == budget]
+        assert len(of_it) == 3
+
+
+def test_one_step_is_not_tried_alone_again(sweep_file, tiny) -> None:
+    sweep = load_sweep(sweep_file, ['steps=[{method="magnitude"}]', "ladder=3"])
+    space = Space(sweep, tiny().shape())
+    assert (len(space.ladder()), space.alone()) == (3, [])
 
 
 def test_scores_are_handed_to_the_first_step_if_it_cuts_units(space: Space) -> None:
@@ -266,11 +289,12 @@ def learned_space(sweep_file, tiny) -> Space:
 
 
 def test_first_plans_are_what_each_learning_method_proposes_itself(learned_space: Space) -> None:
-    found = [learned_space.propose(p) for p in learned_space.ladder()]
+    together = [learned_space.propose(p) for p in learned_space.ladder()]
+    found = [learned_space.propose(p) for p in learned_space.alone()]
     rest = ["evit", "magnitude"]
-    assert [actives(p) for p in found[:2]] == [["x_pruner", *rest], ["vit_slim", *rest]]
-    assert [actives(p) for p in found[2:4]] == [["x_pruner"], ["vit_slim"]]
-    assert [p.scores for p in found[:4]] == ["x0.4", "slim", "x0.4", "slim"]
+    assert [actives(p) for p in together] == [["x_pruner", *rest], ["vit_slim", *rest]]
+    assert [actives(p) for p in found[:2]] == [["x_pruner"], ["vit_slim"]]
+    assert [p.scores for p in (*together, *found[:2])] == ["x0.4", "slim", "x0.4", "slim"]
     alone = {(*actives(p), p.parameters["budget"]): p for p in found if len(actives(p)) == 1}
     assert alone["x_pruner", 0.9].scores == "x0.8"
     dense = learned_space.dense
@@ -322,9 +346,9 @@ def test_a_block_goes_only_where_the_method_itself_removes_it(sweep_file, tiny) 
     rung = Rung(pruner=method, own=own, path="w")
     sweep = load_sweep(sweep_file, ['steps=[{method="wdpruning"}, {method="magnitude"}]'])
     space = Space(sweep, shape, {"wdpruning": [rung]})
-    alone = space.propose(space.ladder()[2])  # half of the cost: the last of three blocks can go
+    alone = space.propose(space.alone()[0])  # half of the cost: the last of three blocks can go
     assert [b.heads > 0 for b in alone.plan.shape(shape).blocks] == [True, True, False]
-    wide = space.propose({**space.ladder()[2], "budget": 0.88})
+    wide = space.propose({**space.alone()[0], "budget": 0.88})
     assert all(b.heads and b.hidden for b in wide.plan.shape(shape).blocks)
 
 
