@@ -1,9 +1,8 @@
 """The proposer behind Ray Tune: hands out trials, tells what came of them, trains the best again.
 
-Ray's own `OptunaSearch` is not used: it records a stopped trial as complete with its partial values
-and leaves a trial with a NaN result RUNNING for ever, which a sampler then avoids. Here every trial
-that was asked for is told: COMPLETE with both objectives, PRUNED if it was stopped early, FAIL
-otherwise.
+Ray's own `OptunaSearch` is not used: it cannot tell a stopped trial from a finished one, and leaves
+a trial with a NaN result RUNNING for ever, which a sampler then avoids. Here every trial that was
+asked for is told: COMPLETE with both objectives (of a stopped one, those it had reached), or FAIL.
 """
 
 from __future__ import annotations
@@ -101,17 +100,17 @@ class PlanSearcher(Searcher):
             return
         status = "failed" if error or result is None else result.get("status", "failed")
         whole = result if status == "finished" else None
+        # Ray's scheduler stops trials that run, and some stop themselves.
+        measured = result if status in ("finished", "running", "stopped") else None
         if config["origin"] == "dense":
             self._measured(whole)
         elif config["of"]:
             if config["origin"] == "confirm" and whole and math.isfinite(whole["val_top1"]):
                 self.repeats.setdefault(config["of"], []).append(float(whole["val_top1"]))
-        elif whole and self.dense is not None:
-            self._tell(config["trial"], whole)
-        elif whole and any(c["origin"] == "dense" for c in self.configs.values()):
-            self.early.append((config["trial"], whole))
-        elif status in ("stopped", "running"):
-            self.proposer.tell(config["trial"], None, float(config["cost_ratio"]))
+        elif measured and self.dense is not None:
+            self._tell(config["trial"], measured)
+        elif measured and any(c["origin"] == "dense" for c in self.configs.values()):
+            self.early.append((config["trial"], measured))
         else:
             self.proposer.fail(config["trial"])
 
@@ -127,7 +126,10 @@ class PlanSearcher(Searcher):
         self.start, self.finished = self.clock(), False
 
     def export_study(self, path: Path) -> None:
-        """Copy the study to a SQLite file, which optuna-dashboard opens."""
+        """Copy the study to a SQLite file, which optuna-dashboard opens.
+
+        What was stopped is pruned there, so that it is not among the best.
+        """
         path.unlink(missing_ok=True)
         study = optuna.create_study(
             study_name=self.study.study_name,
@@ -135,7 +137,11 @@ class PlanSearcher(Searcher):
             storage=f"sqlite:///{path}",
         )
         study.set_user_attr("objectives", OBJECTIVES)
-        study.add_trials(self.study.get_trials(deepcopy=False, states=_TOLD))
+        trials = self.study.get_trials(states=_TOLD)
+        for trial in trials:
+            if "stopped" in trial.user_attrs:
+                trial.state, trial.values = TrialState.PRUNED, None
+        study.add_trials(trials)
 
     def _next(self) -> Config | str | None:
         name = f"{self.asked:04d}"
@@ -223,7 +229,7 @@ class PlanSearcher(Searcher):
         )
 
     def _tell(self, name: str, result: dict[str, Any]) -> None:
-        """Tell the proposer of a trial that was tuned to its full length."""
+        """Tell the proposer what a trial came to."""
         if self.dense is None:
             raise AssertionError("the dense model comes first")
         cost = result["cost_ratio"]
@@ -235,10 +241,14 @@ class PlanSearcher(Searcher):
             images_per_s=result["images_per_s"],
             drop=self.dense["val_top1"] - result["val_top1"],
         )
-        self.proposer.tell(name, float(result["val_top1"]), float(cost), constraints)
+        stopped = result["status"] != "finished"
+        if stopped and "max_drop" in constraints:  # what it had lost, it might have won back
+            constraints["max_drop"] = min(0.0, constraints["max_drop"])
+        top1 = float(result["val_top1"])
+        self.proposer.tell(name, top1, float(cost), constraints, stopped=stopped)
 
 
-_TOLD = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+_TOLD = (TrialState.COMPLETE, TrialState.FAIL)
 _STATE = (
     *("proposer", "asked", "configs", "waiting", "repeats", "phase", "stopped", "dense", "early"),
     "seconds_before",

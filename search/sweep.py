@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from search.milestones import milestones
 
@@ -180,7 +180,7 @@ class Sweep(_Part):
     # what accuracy is traded against; with "latency" the budget is still one of gmacs
     cost: Literal["effective_gmacs", "gmacs", "latency"] = "effective_gmacs"
     trials: int = Field(ge=2)  # the dense model and the first plans count
-    ladder: int = Field(5, ge=0)  # budgets at which the methods' own allocations are tried first
+    ladder: int = Field(9, ge=0)  # budgets at which the methods' own allocations are tried first
     start_from: str | None = None  # directory of an earlier sweep, whose front is tried next
     epochs: int = Field(ge=0)  # of fine-tuning, per trial
     elastic_epochs: int = Field(0, ge=0)  # of tuning the dense model for cuts, once; 0 is none
@@ -188,7 +188,7 @@ class Sweep(_Part):
     seed: int = Field(0, ge=0)
     sampler: Literal["auto", "gp", "nsga2", "nsga3", "tpe", "random"] = "auto"
     refine: float = Field(0.3, ge=0.0, lt=1.0)  # share of the trials, the last, that vary by site
-    halving: Halving | None = None  # None trains every trial to its end
+    halving: Halving | None = None  # None (in TOML: false) trains every trial to its end
     constraints: Constraints = Constraints()
     max_hours: Positive | None = None  # after which no trial begins
     patience: int = Field(0, ge=0)  # trials in which the hypervolume must grow; 0 does not look
@@ -201,6 +201,11 @@ class Sweep(_Part):
     storage: str = "results"
     tracking: str | None = None  # MLflow tracking URI; None is SQLite in the sweep's directory
     max_failures: int = Field(2, ge=0)  # restarts of a trial whose process died
+
+    @field_validator("halving", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return None if value is False else value
 
     @model_validator(mode="after")
     def _can_measure_speed(self) -> Sweep:

@@ -18,8 +18,8 @@ from search.tuner import is_done, run_sweep
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "engine": (),
-    "engine_halving": ("halving={eta=3.0, first=1}",),
-    "engine_halving_untuned": ("halving={eta=3.0, first=0}",),
+    "engine_whole": ("halving=false",),
+    "engine_halving_tuned": ("halving.first=1",),
     "engine_elastic": ("elastic_epochs=1",),
     "engine_no_refine": ("refine=0.0",),
     "engine_tpe": ("sampler='tpe'",),
@@ -34,14 +34,22 @@ def sweep_of(settings: Settings, arm: str, seed: int) -> Sweep:
     sets = VARIANTS[arm]
     sweep = settings.sweep(f"{arm}-{seed}", seed, *sets)
     left = settings.epochs - PASSES * sweep.elastic_epochs
-    trials = math.ceil(left / expected_epochs(sweep) - 1e-9)
-    return settings.sweep(f"{arm}-{seed}", seed, *sets, f"trials={1 + max(1, trials)}")
+    return settings.sweep(f"{arm}-{seed}", seed, *sets, f"trials={1 + trials_for(sweep, left)}")
 
 
-def expected_epochs(sweep: Sweep) -> float:
-    """Return the epochs of a trial if one in eta goes on at each rung; without halving, all."""
+def trials_for(sweep: Sweep, epochs: int) -> int:
+    """Return how many trials so many epochs are expected to be enough for.
+
+    The ladder's run to their end; of others one in eta goes on at each rung.
+    """
+    whole = epochs // TUNE_EPOCHS
     if sweep.halving is None:
-        return float(TUNE_EPOCHS)
+        return whole
+    first = min(whole, sweep.ladder)
+    return first + math.ceil((epochs - TUNE_EPOCHS * first) / _expected_epochs(sweep) - 1e-9)
+
+
+def _expected_epochs(sweep: Sweep) -> float:
     epochs, alive, before = 0.0, 1.0, 0
     for rung in milestones(TUNE_EPOCHS, sweep.halving.first, sweep.halving.eta):
         epochs, before = epochs + alive * (rung - before), rung

@@ -163,7 +163,13 @@ def few_images(folder: str, name: str, trials: int) -> Sweep:
     pq.write_table(pq.read_table("search/sample/val.parquet").slice(0, IMAGES), path)
     sets = [f"data.{split}='{path}'" for split in ("train", "val", "test")]
     sets += ["data.batch_size=8", "data.calibration=8", f"data.cache_dir='{folder}/cache'"]
-    sets += [f"storage='{folder}'", f"name='{name}'", f"trials={trials}", "epochs=1"]
+    sets += [
+        f"storage='{folder}'",
+        f"name='{name}'",
+        f"trials={trials}",
+        "epochs=1",
+        "halving=false",
+    ]
     return load_sweep(Path("search/sweeps/sample.toml"), sets)
 
 

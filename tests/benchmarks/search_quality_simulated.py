@@ -24,7 +24,7 @@ import matplotlib
 import numpy as np
 import optuna
 import torch
-from engine_arm import expected_epochs
+from engine_arm import trials_for
 from optuna.samplers import NSGAIISampler
 from quality_problem import HIGH, LOW, TUNE_EPOCHS
 from surrogate import Surrogate, errors
@@ -38,7 +38,7 @@ from search.parquet import open_images
 from search.proposer import Proposer
 from search.space import Space
 from search.space_step import Rung
-from search.sweep import Sweep
+from search.sweep import Sweep, SweepFailedError
 from search.sweep_file import load_sweep
 
 matplotlib.use("Agg")
@@ -53,6 +53,8 @@ class Arm:
         space: Of this engine's steps; empty for raw shares without projection.
         settings: Overrides of the sweep.
         population: Of NSGA-II, where it is not this engine's.
+        told: What the sampler is told of a stopped trial: the top-1 that it had "reached", what it
+            would have come to ("extrapolated"), or "nothing".
         most: Trials at most, where a sampler is too slow for more.
         seeds: Seeds at most.
     """
@@ -60,17 +62,22 @@ class Arm:
     space: str = "residual"
     settings: dict[str, str] = field(default_factory=dict)
     population: int | None = None
+    told: str = "reached"
     most: int = 1_000_000
     seeds: int = 1_000_000
 
 
 def arm(sampler: str, space: str = "residual", refine: float = 0.0, **more: str | int) -> Arm:
     limits = {key: int(more.pop(key)) for key in ("most", "seeds", "population") if key in more}
+    told = str(more.pop("told", "reached"))
     settings = {"sampler": f'"{sampler}"', "refine": str(refine)}
-    return Arm(space=space, settings=settings | {k: str(v) for k, v in more.items()}, **limits)
+    return Arm(
+        space=space, settings=settings | {k: str(v) for k, v in more.items()}, told=told, **limits
+    )
 
 
 GP = {"most": 200, "seeds": 3}
+FROM_0, FROM_1 = "{first=0, eta=3.0}", "{first=1, eta=3.0}"
 ARMS = {
     "uniform ladder": Arm(space="ladder"),
     "own allocations": Arm(space="own"),
@@ -85,15 +92,21 @@ ARMS = {
     "NSGA-II 50": arm("nsga2", population=50),
     "NSGA-III 20": arm("nsga3"),
     "GP": arm("gp", **GP),
-    "TPE, ladder 9": arm("tpe", ladder=9),
+    "TPE, ladder 5": arm("tpe", ladder=5),
     "TPE, ladder 17": arm("tpe", ladder=17),
     "TPE, refined 0.3": arm("tpe", refine=0.3),
     "TPE, refined 0.6": arm("tpe", refine=0.6),
-    "TPE, refined 0.9": arm("tpe", refine=0.9),
-    "TPE, halving from 0": arm("tpe", halving="{first=0}"),
-    "TPE, halving from 1": arm("tpe", halving="{first=1}"),
-    "TPE, refined 0.3, halving from 0": arm("tpe", refine=0.3, halving="{first=0}"),
-    "TPE, refined 0.3, halving from 0 by 4": arm("tpe", refine=0.3, halving="{first=0, eta=4.0}"),
+    "halving from 1": arm("tpe", refine=0.3, halving=FROM_1),
+    "halving from 0: the sample's sweep": arm("tpe", refine=0.3, halving=FROM_0),
+    "halving from 0, refined 0.6": arm("tpe", refine=0.6, halving=FROM_0),
+    "halving from 0 by 2": arm("tpe", refine=0.3, halving="{first=0, eta=2.0}"),
+    "halving from 0 by 4": arm("tpe", refine=0.3, halving="{first=0, eta=4.0}"),
+    "halving from 0, random": arm("random", refine=0.3, halving=FROM_0),
+    "halving from 0, NSGA-II 20": arm("nsga2", refine=0.3, halving=FROM_0),
+    "halving from 0, told nothing": arm("tpe", refine=0.3, halving=FROM_0, told="nothing"),
+    "halving from 0, told extrapolated": arm(
+        "tpe", refine=0.3, halving=FROM_0, told="extrapolated"
+    ),
 }
 
 
@@ -110,7 +123,7 @@ def sweep_of(arm: Arm, trials: int, seed: int) -> Sweep:
     kind = arm.space or "layer"
     kind = kind if kind in ("residual", "layer", "tied") else "residual"
     steps = ", ".join(f'{{method="{m}", space="{kind}"}}' for m in ("grouped", "tome"))
-    settings = {"ladder": "5", "epochs": str(TUNE_EPOCHS)} | arm.settings
+    settings = {"ladder": "9", "halving": "false", "epochs": str(TUNE_EPOCHS)} | arm.settings
     sets = [f"{key}={value}" for key, value in settings.items()]
     sets += [f"steps=[{steps}]", 'cost="gmacs"', f"budget=[{LOW}, {HIGH}]"]
     return load_sweep(SWEEP, [*sets, f"trials={trials + 1}", f"seed={seed}"])
@@ -146,47 +159,67 @@ def simulate(name: str, seed: int, trials: int) -> list[Trial]:
     """Search with one arm and seed."""
     arm = ARMS[name]
     trials = min(trials, arm.most)
-    sweep = sweep_of(arm, trials, seed)
-    trials = math.ceil(
-        TUNE_EPOCHS * trials / expected_epochs(sweep)
-    )  # more, where some are stopped
+    trials = trials_for(sweep_of(arm, trials, seed), TUNE_EPOCHS * trials)
     sweep = sweep_of(arm, trials, seed)
     space = space_of(sweep)
     if arm.space in ("ladder", "own"):
         return list(ladder(space, trials, seed, uniform=arm.space == "ladder"))
-    search = raw if arm.space == "" else engine
     proposer = Proposer(sweep=sweep, space=space)
     if arm.population is not None:
         proposer.study.sampler = NSGAIISampler(seed=seed, population_size=arm.population)
-    return list(search(proposer, trials, seed))
+    if arm.space == "":
+        return list(raw(proposer, trials, seed))
+    return list(engine(proposer, trials, seed, arm.told))
 
 
-def engine(proposer: Proposer, trials: int, seed: int) -> Iterator[Trial]:
+def engine(proposer: Proposer, trials: int, seed: int, told: str) -> Iterator[Trial]:
     """This engine: its proposer, and its halving where the sweep has one."""
     surrogate, rng = known()[0], np.random.default_rng(1_000 + seed)
     settings, halving = proposer.sweep.halving, None
     if settings is not None:
         halving = MoAsha(epochs=TUNE_EPOCHS, **settings.model_dump())
+    ended: list[tuple[float, np.ndarray]] = []  # cost and curve
     for position in range(1, trials + 1):
         label = f"{position:04d}"
         start = time.perf_counter()
-        _, proposal = proposer.ask(label, position)
+        try:
+            origin, proposal = proposer.ask(label, position)
+        except SweepFailedError:  # nothing is left to try
+            return
         seconds = time.perf_counter() - start
-        curve = surrogate.curve(proposal.plan, rng)
+        cost, curve = proposal.cost_ratio, surrogate.curve(proposal.plan, rng)
         spent = TUNE_EPOCHS
         if halving is not None:
-            spent = stopped_after(halving, label, proposal.cost_ratio, curve)
-        ended = spent == TUNE_EPOCHS
-        proposer.tell(label, float(curve[-1]) if ended else None, proposal.cost_ratio)
-        top1 = float(curve[-1]) if ended else float("nan")
-        yield Trial(spent, proposal.cost_ratio, top1, seconds)
+            spent = stopped_after(halving, label, origin, cost, curve)
+        if spent == TUNE_EPOCHS:
+            ended.append((cost, curve))
+            proposer.tell(label, float(curve[-1]), cost)
+        elif told == "nothing":
+            proposer.fail(label)
+        else:
+            top1 = curve[spent] if told == "reached" else extrapolated(ended, cost, spent, curve)
+            proposer.tell(label, float(top1), cost, stopped=True)
+        yield Trial(spent, cost, float(curve[-1]) if spent == TUNE_EPOCHS else math.nan, seconds)
 
 
-def stopped_after(halving: MoAsha, label: str, cost: float, curve: np.ndarray) -> int:
+def extrapolated(
+    ended: list[tuple[float, np.ndarray]], cost: float, epoch: int, curve: np.ndarray
+) -> float:
+    """Return what a trial would have come to: a least-squares fit to those that have ended.
+
+    Last top-1 is a linear function of log cost and top-1 after that epoch.
+    """
+    costs, curves = np.array([c for c, _ in ended]), np.array([c for _, c in ended])
+    x = np.column_stack([np.ones(len(ended)), np.log(costs), curves[:, epoch]])
+    weights, *_ = np.linalg.lstsq(x, curves[:, -1], rcond=None)
+    return float(weights @ [1.0, math.log(cost), curve[epoch]])
+
+
+def stopped_after(halving: MoAsha, label: str, origin: str, cost: float, curve: np.ndarray) -> int:
     """Return the epochs that a trial runs."""
 
     class Running:
-        config = {"trial": label, "origin": "search"}  # noqa: RUF012
+        config = {"trial": label, "origin": origin}  # noqa: RUF012
 
     for epoch in range(TUNE_EPOCHS):
         result = {"status": "running", "epoch": epoch, "cost_ratio": cost}
@@ -309,7 +342,7 @@ def report(args: argparse.Namespace, done: dict[tuple[str, int], list[Trial]]) -
     from matplotlib import pyplot
 
     epochs = TUNE_EPOCHS * args.trials
-    marks = [m for m in (32, 100, 200, 400, 1000) if m <= epochs]
+    marks = [m for m in (16, 32, 48, 100, 200, 400, 1000) if m <= epochs]
     lines = [
         "surrogate: "
         + "; ".join(

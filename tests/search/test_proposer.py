@@ -96,13 +96,14 @@ def plans(found: list[tuple[str, Proposal]]) -> list[dict]:
     ("trials", "ladder", "first"),
     [(4, 2, 2), (8, 2, 2), (16, 2, 4), (24, 2, 6), (40, 2, 6), (3, 5, 5)],
 )
-def test_the_ladder_takes_a_quarter_of_the_trials_at_most(
+def test_first_plans_take_a_quarter_of_the_trials_or_the_ladder(
     trials: int, ladder: int, first: int, proposer
 ) -> None:
     p = proposer(trials=trials, ladder=ladder, refine=0.0)
-    expected = p.space.ladder()
+    expected = [*p.space.ladder(), *p.space.alone()]
     found = asked(p, first + 2)
-    assert [origin for origin, _ in found] == ["ladder"] * first + ["search"] * 2
+    alone = ["alone"] * (first - ladder)
+    assert [origin for origin, _ in found] == ["ladder"] * ladder + alone + ["search"] * 2
     assert [proposal.parameters for _, proposal in found[:first]] == expected[:first]
 
 
@@ -188,18 +189,27 @@ def test_of_a_known_plan_optuna_is_told_what_is_known(excess: float, proposer) -
     assert [t.constraints for t in same] == [{"max_drop": excess}] * 2
 
 
-@pytest.mark.parametrize("ends", ["runs", "stopped", "failed"])
+@pytest.mark.parametrize("ends", ["runs", "failed"])
 def test_of_a_plan_whose_result_is_unknown_the_repetition_fails(ends: str, proposer) -> None:
     p = proposer(trials=4, refine=0.0, earlier=proposer().space.ladder()[:1])
     found = asked(p, 2)
-    if ends == "stopped":
-        p.tell("0001", None, 0.5)
-    elif ends == "failed":
+    if ends == "failed":
         p.fail("0001")
     asked(p, 1, start=3)
     same = [t for t in told_to_optuna(p) if t.params == found[0][1].parameters]
-    first = {"runs": TrialState.RUNNING, "stopped": TrialState.PRUNED, "failed": TrialState.FAIL}
+    first = {"runs": TrialState.RUNNING, "failed": TrialState.FAIL}
     assert [t.state for t in same] == [first[ends], TrialState.FAIL]
+
+
+def test_a_repeated_plan_stays_stopped(proposer) -> None:
+    p = proposer(trials=4, refine=0.0, earlier=proposer().space.ladder()[:1])
+    found = asked(p, 2)
+    p.tell("0001", 40.0, 0.5, stopped=True)
+    asked(p, 1, start=3)
+    same = [t for t in told_to_optuna(p) if t.params == found[0][1].parameters]
+    assert [t.values for t in same] == [[40.0, 0.5]] * 2
+    assert [t.user_attrs.get("stopped") for t in same] == [True, True]
+    assert p.told == []
 
 
 def test_a_gaussian_process_goes_on_after_a_repeated_plan(proposer) -> None:
@@ -221,7 +231,6 @@ def test_a_gaussian_process_goes_on_after_a_repeated_plan(proposer) -> None:
         (50.0, 0.6, None, TrialState.COMPLETE),
         (50.0, 0.6, {"max_drop": 0.1}, TrialState.COMPLETE),
         (50.0, 0.6, {"max_drop": math.nan}, TrialState.FAIL),
-        (None, 0.6, None, TrialState.PRUNED),
         (math.nan, 0.6, None, TrialState.FAIL),
         (math.inf, 0.6, None, TrialState.FAIL),
         (50.0, math.nan, None, TrialState.FAIL),
@@ -230,7 +239,7 @@ def test_a_gaussian_process_goes_on_after_a_repeated_plan(proposer) -> None:
     ],
 )
 def test_how_a_trial_ends(
-    top1: float | None, cost: float, constraints: dict | None, state: TrialState, proposer
+    top1: float, cost: float, constraints: dict | None, state: TrialState, proposer
 ) -> None:
     p = proposer()
     asked(p, 2)
@@ -261,10 +270,10 @@ def test_no_trial_stays_running(sampler: str, proposer) -> None:
         if i % 4 == 0:
             p.fail(f"{i:04d}")
         else:
-            top1 = (None, 50.0, math.nan)[i % 3]
-            p.tell(f"{i:04d}", top1, proposal.cost_ratio)
+            top1 = (40.0, 50.0, math.nan)[i % 3]
+            p.tell(f"{i:04d}", top1, proposal.cost_ratio, stopped=i % 3 == 0)
     states = {t.state for t in told_to_optuna(p)}
-    assert states == {TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL}
+    assert states == {TrialState.COMPLETE, TrialState.FAIL}
     assert len(told_to_optuna(p)) >= 16
     assert p.asked == {}
 
@@ -273,7 +282,7 @@ def test_a_second_time_telling_changes_nothing(proposer) -> None:
     p = proposer()
     asked(p, 3)
     p.tell("0001", 50.0, 0.6, {"max_drop": -1.0})
-    p.tell("0002", None, 0.6)
+    p.tell("0002", 40.0, 0.6, stopped=True)
     before = [(t.state, t.values) for t in told_to_optuna(p)]
     p.tell("0001", 70.0, 0.5)
     p.tell("0002", 70.0, 0.5)
@@ -290,10 +299,10 @@ def test_what_violates_a_constraint_is_not_on_the_front(proposer) -> None:
     p.tell("0002", 60.0, 0.7, {"max_params": 0.0, "max_drop": -1.0})
     p.tell("0003", 40.0, 0.6, {"max_params": -2.0, "max_drop": -1.0})
     p.tell("0004", 50.0, 0.8, {"max_params": -2.0, "max_drop": -1.0})
-    p.tell("0005", None, 0.55)
+    p.tell("0005", 55.0, 0.65, {"max_params": -2.0, "max_drop": -1.0}, stopped=True)
     assert [t.name for t in p.front()] == ["0003", "0002"]
     assert told_to_optuna(p)[0].constraints == {"max_params": 3.0, "max_drop": -1.0}
-    assert [t.number for t in p.study.best_trials] == [1, 2]  # Optuna agrees
+    assert [t.number for t in p.study.best_trials] == [1, 2, 4]  # Optuna agrees, but for the last
 
 
 # The last trials vary the front site by site.
@@ -305,7 +314,8 @@ def test_refining_begins_with_the_last_share_of_the_trials(
 ) -> None:
     found = searched(proposer(refine=refine), 19)
     origins = [origin for origin, _ in found]
-    assert origins[: first - 1] == ["ladder"] * 5 + ["search"] * (first - 6)
+    expected = ["ladder"] * 2 + ["alone"] * 3 + ["search"] * (first - 6)
+    assert origins[: first - 1] == expected
     assert origins[first - 1 :] == ["refined"] * (20 - first)
 
 
@@ -358,7 +368,7 @@ def test_refined_plans_are_not_optunas_but_their_results_count(proposer) -> None
     before = len(told_to_optuna(p))
     asked(p, 4, start=14)
     p.tell("0014", 99.0, 0.5)
-    p.tell("0015", None, 0.5)
+    p.tell("0015", 99.0, 0.5, stopped=True)
     p.fail("0016")
     p.tell("0017", 99.5, 0.4, {"max_drop": 1.0})
     assert len(told_to_optuna(p)) == before
@@ -376,7 +386,7 @@ def test_without_a_finer_space_optuna_goes_on(kind: str, proposer) -> None:
 
 def test_where_nothing_is_told_optuna_goes_on(proposer) -> None:
     p = proposer(trials=8, ladder=1)
-    assert [origin for origin, _ in asked(p, 4, start=6)] == ["ladder"] * 2 + ["search"] * 2
+    assert [origin for origin, _ in asked(p, 4, start=6)] == ["ladder", "alone"] + ["search"] * 2
 
 
 def test_a_learner_stays_what_it_is_when_a_plan_is_refined(shape: ViTShape) -> None:

@@ -136,8 +136,8 @@ def test_a_config_says_the_plan_that_was_proposed(searcher) -> None:
     ("told", "state"),
     [
         ({}, TrialState.COMPLETE),
-        ({"status": "stopped"}, TrialState.PRUNED),
-        ({"status": "running"}, TrialState.PRUNED),  # Ray's scheduler stopped it
+        ({"status": "stopped"}, TrialState.COMPLETE),
+        ({"status": "running"}, TrialState.COMPLETE),  # Ray's scheduler stopped it
         ({"status": "failed"}, TrialState.FAIL),
         ({"top1": math.nan}, TrialState.FAIL),
         ({"top1": math.inf}, TrialState.FAIL),
@@ -179,17 +179,41 @@ def test_what_ends_before_the_dense_model_is_told_after_it(searcher) -> None:
         one.suggest(f"t{i}")
     end(one, "t2", 62.0, latency_ms=2.0)
     end(one, "t1", 50.0, latency_ms=1.0)
-    end(one, "t3", status="stopped")
+    end(one, "t3", 51.0, status="stopped", latency_ms=4.0)
     assert one.proposer.told == []
     states = [t.state for t in one.study.get_trials()[:3]]
-    assert states == [TrialState.RUNNING, TrialState.RUNNING, TrialState.PRUNED]
+    assert states == [TrialState.RUNNING] * 3
     end(one, "t0", 66.0, latency_ms=8.0)
     end(one, "t4", 63.0, latency_ms=6.0)
     told = [(t.name, t.top1, t.cost) for t in one.proposer.told]
     assert told == [("0002", 62.0, 0.25), ("0004", 63.0, 0.75)]
-    first, second = one.study.get_trials()[:2]
+    first, second, third = one.study.get_trials()[:3]
     assert (first.values, first.constraints) == ([50.0, 0.125], {"max_drop": 11.0})
     assert (second.values, second.constraints) == ([62.0, 0.25], {"max_drop": -1.0})
+    assert (third.values, third.constraints) == ([51.0, 0.5], {"max_drop": 0.0})
+
+
+@pytest.mark.parametrize("status", ["running", "stopped"])
+def test_of_a_stopped_trial_optuna_is_told_what_it_had_reached(status: str, searcher) -> None:
+    bounds = {"max_drop": 10.0, "max_params": 900_000, "min_images_per_s": 90.0}
+    one = searcher(constraints=bounds, final_epochs=9, trials=4)
+    for i in range(4):
+        one.suggest(f"t{i}")
+    cost = one.configs["t1"]["cost_ratio"]
+    end(one, "t0", 80.0)
+    end(one, "t1", 30.0, status=status, params=900_001.0, images_per_s=95.0)
+    end(one, "t2", 75.0, status=status, params=899_000.0, images_per_s=89.0)
+    end(one, "t3", 60.0, params=9e5)
+    stopped, second, whole = one.study.get_trials()[:3]
+    assert stopped.values == [30.0, cost]
+    # Accuracy that it had lost it might have won back; what it holds and how fast it is, stays.
+    expected = {"max_drop": 0.0, "max_params": 1.0, "min_images_per_s": -5.0}
+    assert stopped.constraints == expected
+    assert second.constraints == {"max_drop": -5.0, "max_params": -1000.0, "min_images_per_s": 1.0}
+    assert whole.constraints["max_drop"] == 10.0
+    assert [t.user_attrs.get("stopped") for t in (stopped, second, whole)] == [True, True, None]
+    assert one.proposer.told == []  # two were stopped, one lost too much
+    assert one.suggest("t4") == "FINISHED"
 
 
 @pytest.mark.parametrize("fails", ["error", "status"])
@@ -206,7 +230,7 @@ def test_without_the_dense_models_result_the_sweep_ends(fails: str, searcher) ->
     assert one.suggest("t4") == "FINISHED"
     assert one.stopped == "the dense model could not be measured"
     states = [t.state for t in one.study.get_trials()[:3]]
-    assert states == [TrialState.FAIL, TrialState.FAIL, TrialState.PRUNED]
+    assert states == [TrialState.FAIL] * 3
     assert one.proposer.told == []
 
 
@@ -466,7 +490,7 @@ def test_interrupted_anywhere_it_goes_on_the_same_way(
         seen.append((list(handed), list(running), path))
 
     play(one, at_once, handed, running, save)
-    origins = {"dense", "ladder", "search", "refined", "confirm", "final"}
+    origins = {"dense", "ladder", "alone", "search", "refined", "confirm", "final"}
     assert {c["origin"] for c in handed} == origins
     assert one.finished
     space = one.proposer.space
@@ -526,17 +550,21 @@ def test_the_same_seed_proposes_the_same_plans(seed: int, searcher) -> None:
 
 def test_the_study_is_copied_for_the_dashboard(searcher, tmp_path: Path) -> None:
     one = searcher(constraints={"max_drop": 1.0})
-    for i in range(5):
+    for i in range(6):
         one.suggest(f"t{i}")
-    for name, more in (("t0", {}), ("t1", {}), ("t2", {}), ("t3", {"status": "failed"})):
-        end(one, name, **more)
+    ends = ({}, {}, {}, {"status": "failed"}, {"status": "running", "top1": 99.0})
+    for i, more in enumerate(ends):
+        end(one, f"t{i}", **more)
+    assert one.study.get_trials()[3].state == TrialState.COMPLETE
     one.export_study(tmp_path / "study.db")
     one.export_study(tmp_path / "study.db")  # an older copy is replaced
     study = optuna.load_study(study_name="tiny", storage=f"sqlite:///{tmp_path / 'study.db'}")
-    known = one.study.get_trials()[:3]
-    assert [t.values for t in study.trials] == [t.values for t in known]
-    assert [t.state for t in study.trials] == [TrialState.COMPLETE] * 2 + [TrialState.FAIL]
-    assert [t.constraints for t in study.trials] == [{"max_drop": -1.0}] * 2 + [{}]
+    known = one.study.get_trials()[:4]
+    assert [t.values for t in study.trials] == [*(t.values for t in known[:3]), None]
+    states = [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED]
+    assert [t.state for t in study.trials] == states
+    assert [t.constraints for t in study.trials[:3]] == [{"max_drop": -1.0}] * 2 + [{}]
+    assert {t.number for t in study.best_trials} <= {0, 1}  # the stopped one is none of them
     assert study.directions == one.study.directions
     assert study.user_attrs == {"objectives": ["val_top1", "cost_ratio"]}
 

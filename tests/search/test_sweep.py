@@ -38,6 +38,9 @@ def test_tables_of_the_search_are_set_key_by_key(minimal: Path) -> None:
     assert (sweep.constraints.max_drop, sweep.constraints.max_params) == (1.5, 5_000_000)
     assert sweep.constraints.min_images_per_s is None
     assert load_sweep(minimal, ["epochs=3", "halving={}"]).halving.eta == 2.0
+    assert load_sweep(minimal, ["epochs=3", "halving={}", "halving=false"]).halving is None
+    with pytest.raises(SweepError, match="halving"):
+        load_sweep(minimal, ["epochs=3", "halving=true"])
 
 
 @pytest.mark.parametrize(
