@@ -24,6 +24,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from scipy.stats import spearmanr
 
 Arms = dict[str, list[list[Ended]]]
 """Arm -> the trials of each seed."""
@@ -50,6 +51,7 @@ def table(arms: Arms, epochs: int, rivals: list[str]) -> str:
         f"at {epochs}",
         "reaches the best rival's end",
         *(f"best ≤ {cost:g}x" for cost in COSTS),
+        "before against after",
         "trained / only looked at",
         "s before training",
         "s training",
@@ -69,6 +71,7 @@ def table(arms: Arms, epochs: int, rivals: list[str]) -> str:
             ),
             "-" if reached is None else f"{reached} ({reached / epochs:.0%})",
             *(cell(np.array([best_below(run, cost) for run in used]), 1) for cost in COSTS),
+            cell(np.array([rank_correlation(run) for run in used]), 2),
             f"{count(used, trained)} / {count(used, lambda t: not trained(t))}",
             f"{seconds(used, lambda t: t.before_s):.0f}",
             f"{seconds(used, lambda t: t.train_s):.0f}",
@@ -82,7 +85,8 @@ NOTES = [
     "reference point (1, 0); above 50 %: up to (1, 0.5). Mean ± standard error over seeds, when so "
     "many training epochs are spent (a stopped trial counts the epochs it ran, an elastic start "
     "four for each of its own). Best: validation top-1 in percent. Validation only: each arm's "
-    "best is also the luckiest of what it tried.",
+    "best is also the luckiest of what it tried. Before against after: rank correlation of top-1 "
+    "before tuning and after it, over the trials that were tuned to their end.",
     "Seconds, per seed, by the clock: before training are scoring, cutting and measuring the "
     "untuned model, which cost no epochs.",
 ]
@@ -133,6 +137,12 @@ def cell(values: Curve, digits: int) -> str:
     error = float(standard_error(values))
     text = f"{float(mean(values)):.{digits}f}"
     return text if math.isnan(error) else f"{text} ± {error:.{digits}f}"
+
+
+def rank_correlation(run: list[Ended]) -> float:
+    """Return Spearman's rank correlation of top-1 before tuning and after it; NaN below three."""
+    pairs = [(t.untuned, t.top1) for t in run if t.untuned is not None and t.top1 is not None]
+    return float(spearmanr(pairs).statistic) if len(pairs) > 2 else math.nan
 
 
 def trained(trial: Ended) -> bool:

@@ -164,7 +164,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=48, help="training epochs of each arm")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--arms", nargs="+", default=ARMS, metavar="ARM")
-    parser.add_argument("--images", type=int, default=4_000, help="training images of an epoch")
+    parser.add_argument("--images", type=int, default=2_000, help="training images of an epoch")
     parser.add_argument("--train", default=str(SAMPLE / "train.parquet"), help="or a glob")
     parser.add_argument("--test", help="Parquet files of CIFAR-10's test split, or a glob")
     parser.add_argument("--jobs", type=int, default=2, help="arms at once, of one thread each")

@@ -96,17 +96,16 @@ ARMS = {
     "TPE, ladder 17": arm("tpe", ladder=17),
     "TPE, refined 0.3": arm("tpe", refine=0.3),
     "TPE, refined 0.6": arm("tpe", refine=0.6),
-    "halving from 1": arm("tpe", refine=0.3, halving=FROM_1),
     "halving from 0: the sample's sweep": arm("tpe", refine=0.3, halving=FROM_0),
-    "halving from 0, refined 0.6": arm("tpe", refine=0.6, halving=FROM_0),
-    "halving from 0 by 2": arm("tpe", refine=0.3, halving="{first=0, eta=2.0}"),
-    "halving from 0 by 4": arm("tpe", refine=0.3, halving="{first=0, eta=4.0}"),
     "halving from 0, random": arm("random", refine=0.3, halving=FROM_0),
     "halving from 0, NSGA-II 20": arm("nsga2", refine=0.3, halving=FROM_0),
     "halving from 0, told nothing": arm("tpe", refine=0.3, halving=FROM_0, told="nothing"),
     "halving from 0, told extrapolated": arm(
         "tpe", refine=0.3, halving=FROM_0, told="extrapolated"
     ),
+    "halving from 0 by 2": arm("tpe", refine=0.3, halving="{first=0, eta=2.0}"),
+    "halving from 0 by 4": arm("tpe", refine=0.3, halving="{first=0, eta=4.0}"),
+    "halving from 1": arm("tpe", refine=0.3, halving=FROM_1),
 }
 
 
