@@ -7,7 +7,6 @@ import json
 import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -21,6 +20,7 @@ from search.progress import Progress
 from search.results import TrialRecord, write_front, write_trials
 from search.sweep import Sweep, SweepFailedError
 from search.tracking import Tracker
+from search.trial_files import model_path
 
 METRICS = (
     "val_top1",
@@ -115,8 +115,10 @@ class Recorder(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        """Take an epoch's metrics."""
+        """Take an epoch's metrics, unless they are known: a trial that starts anew repeats them."""
         name = result["trial"]
+        if any(known["epoch"] == result["epoch"] for known in self.records[name].history):
+            return
         metrics = {key: float(result[key]) for key in METRICS}
         self.records[name] = with_result(self.records[name], result, metrics)
         self.tracker.epoch(name, result["epoch"], metrics)
@@ -127,15 +129,14 @@ class Recorder(tune.Callback):
     ) -> None:
         """Close the record of a trial that ended by itself."""
         record = self.records[trial.config["trial"]]
-        self._end(record, "stopped" if record.status == "running" else record.status, trial)
+        self._end(record, "stopped" if record.status == "running" else record.status)
 
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
         """Close the record of a trial that Ray gave up."""
-        self._end(
-            dataclasses.replace(self._record(trial), reason=error_line(trial)), "failed", trial
-        )
+        failed = dataclasses.replace(self._record(trial), reason=error_line(trial))
+        self._end(failed, "failed")
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Let the terminal show that the sweep is alive, and the tables follow."""
@@ -168,11 +169,11 @@ class Recorder(tune.Callback):
         )
         return dataclasses.replace(record, violates=found)
 
-    def _end(self, record: TrialRecord, status: str, trial: Trial) -> None:
+    def _end(self, record: TrialRecord, status: str) -> None:
         if record.origin == "dense" and status == "finished":
             status = "dense"
-        checkpoint = _checkpoint_path(trial, self.sweep.directory)
-        record = dataclasses.replace(record, status=status, checkpoint=checkpoint)
+        model = "" if status == "failed" else model_path(record.trial, record.epochs)
+        record = dataclasses.replace(record, status=status, checkpoint=model)
         new = [self._judged(record, self.growing.dense)]
         if status == "dense":  # what ended before it could not be compared with it
             early = [r for r in self.records.values() if r.trial != record.trial]
@@ -281,9 +282,3 @@ def error_line(trial: Trial) -> str:
     error = trial.get_pickled_error() or trial.get_error()
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else "the trial's process died"
-
-
-def _checkpoint_path(trial: Trial, directory: Path) -> str:
-    if trial.checkpoint is None:
-        return ""
-    return str(Path(trial.checkpoint.path).resolve().relative_to(directory.resolve()))

@@ -22,12 +22,10 @@ from search.augment import Epoch
 from search.node_model import Packed, pack, unpack
 from search.sweep import Sweep
 from search.trial_data import Calibration, make_teacher, mixed_seed, open_split, trial_device
+from search.trial_files import Saved, TrialFiles
 
 LATENCY_BATCHES = 5
 """Batches that a model's speed is the median of; one more before them warms up."""
-
-STATE = "trial.pt"
-"""File of a checkpoint that only a resumed trial needs: optimiser, schedule, progress."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,25 +37,28 @@ class TrialInputs:
         dense: The dense model, on the CPU; its weights must not be changed in place.
         start: The model that plans cut, of the same shape: the dense one, or the dense one tuned
             for cuts.
+        directory: The sweep's, which all nodes see under this path.
     """
 
     sweep: Sweep
     dense: PrunableViT
     start: PrunableViT
+    directory: Path
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the weights in a way that they are not copied into each process."""
         start = None if self.start is self.dense else pack(self.start)
-        return _inputs, (self.sweep, pack(self.dense), start)
+        return _inputs, (self.sweep, pack(self.dense), start, self.directory)
 
 
 Apart = tuple[PrunableViT, dict[str, Packed]]
 """A model without its weights, and these."""
 
 
-def _inputs(sweep: Sweep, dense: Apart, start: Apart | None) -> TrialInputs:
+def _inputs(sweep: Sweep, dense: Apart, start: Apart | None, directory: Path) -> TrialInputs:
     whole = unpack(*dense)
-    return TrialInputs(sweep=sweep, dense=whole, start=unpack(*start) if start else whole)
+    begin = unpack(*start) if start else whole
+    return TrialInputs(sweep=sweep, dense=whole, start=begin, directory=directory)
 
 
 class PlanTrial(tune.Trainable):
@@ -68,13 +69,23 @@ class PlanTrial(tune.Trainable):
     depends on (the sweep's seed, the configuration's `seed`, trial, epoch) alone, so a resumed
     trial goes on as if nothing had happened; another `seed` in the configuration, 0 by default,
     trains the same plan on another stream of images.
+
+    What it comes to is saved after each epoch (`search.trial_files`). A trial that starts anew,
+    since its actor or the whole sweep died, first reports again what was saved: the driver may not
+    have heard all of it.
     """
+
+    vit: PrunableViT
+    tuner: FineTuner
+    epoch: int
+    seconds: float
+    latency_ms: float
 
     def setup(self, config: dict[str, Any], inputs: TrialInputs | None = None) -> None:
         """Prepare the actor, then the first trial."""
         if inputs is None:
             raise ValueError("inputs is None; give TrialInputs through tune.with_parameters")
-        self.sweep = inputs.sweep
+        self.sweep, self.directory = inputs.sweep, inputs.directory
         torch.set_num_threads(max(1, int(self.sweep.resources.cpu)))
         self.device = trial_device(self.sweep)
         self.dense = inputs.dense.eval().requires_grad_(False)
@@ -94,6 +105,9 @@ class PlanTrial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Run one epoch and return its metrics; the last result of a trial has `done`."""
+        if self.reported < len(self.results):
+            self.reported += 1
+            return dict(self.results[self.reported - 1])
         start = time.perf_counter()
         status, reason, loss = "running", "", 0.0
         try:
@@ -113,41 +127,44 @@ class PlanTrial(tune.Trainable):
         if status == "running" and self.epoch >= self.config["epochs"]:
             status = "finished"
         self.seconds += time.perf_counter() - start
-        return self._result(status, reason, loss)
-
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Write the model and what resuming needs."""
-        directory = Path(checkpoint_dir)
-        self.vit.save(directory, measured={"val_top1": self.measured.top1, "epoch": self.epoch})
-        if self.epoch < self.config["epochs"]:
-            where = {
-                "epoch": self.epoch,
-                "seconds": self.seconds,
-                "latency_ms": self.latency_ms,
-                "measured": vars(self.measured),
-            }
-            torch.save({"where": where, "tuner": self.tuner.state_dict()}, directory / STATE)
-
-    def load_checkpoint(self, checkpoint_dir: str) -> None:
-        """Continue a trial from its last epoch."""
-        directory = Path(checkpoint_dir)
-        self.vit = PrunableViT.load(directory).to(self.device)
-        state = torch.load(directory / STATE, map_location=self.device, weights_only=True)
-        self.epoch, self.seconds = state["where"]["epoch"], state["where"]["seconds"]
-        self.latency_ms = state["where"]["latency_ms"]
-        self.measured = Evaluation(**state["where"]["measured"])
-        self._new_tuner()
-        self.tuner.load_state_dict(state["tuner"])
+        self.results.append(self._result(status, reason, loss))
+        self.reported += 1
+        if status != "failed":
+            tuner = self.tuner.state_dict() if status == "running" else None
+            self.files.save(self.vit, self.results, tuner)
+        return dict(self.results[-1])
 
     def _begin(self, config: dict[str, Any]) -> None:
         self.config = config
         self.plan = Plan.from_json(json.loads(config["plan"]))
+        self.files = TrialFiles(self.directory, config)
+        self.results: list[dict[str, Any]] = []
+        self.reported = 0
+        if (saved := self.files.load()) is not None:
+            self._continue(saved)
+            return
         self.epoch, self.seconds, self.latency_ms = -1, 0.0, 0.0
         self.measured = Evaluation(top1=0.0, loss=0.0, images=0, images_per_s=0.0)
         uncut = self.dense if config["origin"] == "dense" else self.start
         self.vit = copy.deepcopy(uncut).to(self.device).requires_grad_(True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _continue(self, saved: Saved) -> None:
+        """Go on from what was saved."""
+        self.results, last = saved.results, saved.results[-1]
+        self.epoch, self.seconds = last["epoch"], last["seconds"]
+        self.latency_ms = last["latency_ms"]
+        self.measured = Evaluation(
+            top1=last["val_top1"],
+            loss=last["val_loss"],
+            images=len(self.val_images),
+            images_per_s=last["images_per_s"],
+        )
+        if saved.tuner is not None:
+            self.vit = PrunableViT.load(saved.directory).to(self.device)
+            self._new_tuner()
+            self.tuner.load_state_dict(saved.tuner)
 
     def _cut(self) -> None:
         torch.manual_seed(self._trial_seed(0))

@@ -10,7 +10,7 @@ from typing import TextIO
 
 import ray
 from ray import tune
-from ray.tune import CheckpointConfig, ResumeConfig
+from ray.tune import ResumeConfig
 
 from pruners import PrunableViT
 from pruners.learned import Learned
@@ -38,7 +38,7 @@ from search.trial import PlanTrial, TrialInputs
 from search.trial_data import measure_on_test
 
 TRIALS = "trials"
-"""Folder of a sweep's directory that Ray Tune keeps its state and the trials' checkpoints in."""
+"""Folder of a sweep's directory that Ray Tune keeps its state in."""
 
 DONE = "done"
 """File of a sweep's directory that says that it is finished."""
@@ -71,7 +71,8 @@ def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) ->
     start = elastic_start(sweep, dense, space, tracker, progress)
     recorder = Recorder(sweep, tracker, progress, resuming=resuming)
     searcher = PlanSearcher(sweep, space, earlier=earlier, val_images=val_images(sweep))
-    inputs = TrialInputs(sweep=sweep, dense=dense, start=start)
+    directory = sweep.directory.resolve()
+    inputs = TrialInputs(sweep=sweep, dense=dense, start=start, directory=directory)
     run_trials(inputs, searcher, recorder, concurrent, resuming=resuming)
     if not searcher.finished or any(r.status == "running" for r in recorder.records.values()):
         raise SweepInterruptedError(interrupted_line(sweep, list(recorder.records.values())))
@@ -218,10 +219,6 @@ def run_trials(
         resources_per_trial=tune.PlacementGroupFactory([bundle(sweep)]),
         reuse_actors=True,
         callbacks=callbacks,
-        # Two, since Ray's snapshot may be one behind. Ray also takes one whenever a trial has
-        # written two. Rarer ones, and deleting checkpoints here, would be faster with thousands of
-        # trials; but they are copied in the background, and far behind when the driver dies.
-        checkpoint_config=CheckpointConfig(num_to_keep=2, checkpoint_frequency=1),
         max_failures=sweep.max_failures,
         raise_on_failed_trial=False,
         trial_name_creator=_name,

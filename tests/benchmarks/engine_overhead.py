@@ -43,6 +43,7 @@ from search.sweep import Sweep
 from search.sweep_file import load_sweep, sweep_toml
 from search.tracking import Tracker
 from search.trial import PlanTrial, TrialInputs
+from search.trial_files import model_path
 from search.tuner import RAY_SETTINGS, run_trials
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +102,7 @@ def run_engine(sweep: Sweep, dense: PrunableViT, space: Space) -> Row:
     progress = Progress(io.StringIO(), trials=sweep.trials, epochs=sweep.epochs)
     recorder, searcher = TimedRecorder(sweep, tracker, progress), TimedSearcher(sweep, space)
     recorder.ends = Ends()
-    inputs = TrialInputs(sweep=sweep, dense=dense, start=dense)
+    inputs = TrialInputs(sweep=sweep, dense=dense, start=dense, directory=sweep.directory)
     run_trials(inputs, searcher, recorder, 1, resuming=False)
     proposing = tuple(searcher.__dict__["seconds"][1:])
     return Row(loop="this engine", overhead=recorder.ends.overhead(), proposing=proposing)
@@ -128,14 +129,14 @@ def train(config: dict[str, Any], inputs: TrialInputs, space: Space) -> None:
     while not done:
         result = trial.step()
         done = result.pop("done")
-        with tempfile.TemporaryDirectory() as folder:
-            trial.save_checkpoint(folder)
-            tune.report(result, checkpoint=tune.Checkpoint.from_directory(folder))
+        model = inputs.directory / model_path("0001", result["epoch"])
+        tune.report(result, checkpoint=tune.Checkpoint.from_directory(model))
 
 
 def run_plain(sweep: Sweep, dense: PrunableViT, space: Space, folder: str) -> Row:
     """Run as many trials with Ray Tune's own parts and its defaults."""
-    ends, inputs = Ends(), TrialInputs(sweep=sweep, dense=dense, start=dense)
+    ends = Ends()
+    inputs = TrialInputs(sweep=sweep, dense=dense, start=dense, directory=Path(folder, "saved"))
     mlflow = MLflowLoggerCallback(
         tracking_uri=f"sqlite:///{folder}/plain.db", experiment_name=sweep.name
     )

@@ -223,9 +223,7 @@ def feed(engine: Engine) -> None:
             config = searcher.suggest(identity)
             if not isinstance(config, dict):
                 break
-            trial = SimpleNamespace(
-                trial_id=identity, config=config, status="PENDING", checkpoint=None, epoch=-1
-            )
+            trial = SimpleNamespace(trial_id=identity, config=config, status="PENDING", epoch=-1)
             scheduler.on_trial_add(None, trial)
             recorder.on_trial_start(0, [], trial)
             running.append(trial)
@@ -236,8 +234,6 @@ def feed(engine: Engine) -> None:
         result = make(trial.config, shape, trial.epoch)
         decision = scheduler.on_trial_result(None, trial, result)
         recorder.on_trial_result(0, [], trial, result)
-        folder = engine.sweep.directory / "trials" / trial.config["trial"]
-        trial.checkpoint = SimpleNamespace(path=str(folder / f"checkpoint_{trial.epoch:06d}"))
         if result["done"] or decision == MoAsha.STOP:
             running.remove(trial)
             scheduler.on_trial_complete(None, trial, result)
@@ -249,7 +245,8 @@ def feed(engine: Engine) -> None:
 def run_on_ray(engine: Engine) -> None:
     """Let Ray Tune run the trials, as `search.tuner` sets it up."""
     search.tuner.PlanTrial = SimulatedTrial  # type: ignore[misc, assignment]
-    inputs = TrialInputs(sweep=engine.sweep, dense=engine.dense, start=engine.dense)
+    sweep, dense = engine.sweep, engine.dense
+    inputs = TrialInputs(sweep=sweep, dense=dense, start=dense, directory=sweep.directory)
     engine.meter.start()
     search.tuner.run_trials(inputs, engine.searcher, engine.recorder, CONCURRENT, resuming=False)
 

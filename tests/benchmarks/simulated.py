@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,7 +47,7 @@ def made_up(config: dict[str, Any], dense: ViTShape, epoch: int) -> dict[str, An
 
 
 class SimulatedTrial(tune.Trainable):
-    """Stands in for `PlanTrial`; its checkpoints are empty files."""
+    """Stands in for `PlanTrial`; it saves nothing."""
 
     def setup(self, config: dict[str, Any], inputs: TrialInputs | None = None) -> None:
         assert inputs is not None
@@ -62,6 +61,3 @@ class SimulatedTrial(tune.Trainable):
     def step(self) -> dict[str, Any]:
         self.epoch += 1
         return made_up(self.config, self.dense, self.epoch)
-
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        (Path(checkpoint_dir) / "trial.pt").touch()

@@ -263,7 +263,7 @@ def main() -> None:
         sweeps = {"live": sweep_with(folder, 0.0), "shared": sweep_with(folder, 8.0)}
         dense = load_model(sweeps["live"].model)
         inputs = {
-            kind: TrialInputs(sweep=sweep, dense=dense, start=dense)
+            kind: TrialInputs(sweep=sweep, dense=dense, start=dense, directory=Path(folder, kind))
             for kind, sweep in sweeps.items()
         }
         actors = [

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def test_weights_travel_outside_the_pickle_and_are_read_where_they_lie(
     sweep = load_sweep(sweep_file)
     buffers: list[pickle.PickleBuffer] = []
     sent = pickle.dumps(
-        TrialInputs(sweep=sweep, dense=dense, start=dense),
+        TrialInputs(sweep=sweep, dense=dense, start=dense, directory=Path()),
         protocol=5,
         buffer_callback=buffers.append,
     )

@@ -64,7 +64,7 @@ def trial_of(name: str, ratio: float = 0.5, origin: str = "search", of: str = ""
         "of": of,
         "seed": 0,
     }
-    return SimpleNamespace(config=config, checkpoint=None)
+    return SimpleNamespace(config=config)
 
 
 def result(trial: Any, top1: float, epoch: int = 0, status: str = "finished") -> dict[str, Any]:
@@ -106,18 +106,33 @@ def test_a_trial_from_start_to_end(sweep: Sweep) -> None:
     recorder.on_trial_start(0, [], trial)
     recorder.on_trial_result(0, [], trial, result(trial, 61.0, 0, "running"))
     assert recorder.records["0001"].status == "running"
-    trial.checkpoint = SimpleNamespace(path=str(sweep.directory / "trials/0001/checkpoint_000001"))
     recorder.on_trial_result(0, [], trial, result(trial, 70.0, 1))
     recorder.on_trial_complete(0, [], trial)
     dense, ended = read_trials(sweep.directory / "trials.parquet")
     assert (dense.status, dense.methods) == ("dense", "dense")
     assert (ended.status, ended.val_top1, ended.epochs) == ("finished", 70.0, 1)
     assert [h["val_top1"] for h in ended.history] == [61.0, 70.0]
-    assert ended.checkpoint == "trials/0001/checkpoint_000001"
+    assert ended.checkpoint == "models/0001/epoch-0001"
     front = read_front(sweep.directory / "front.json")
     assert [m.trial for m in front.members] == ["0001"]
     assert [call[1] for call in recorder.tracker.of("front_grew")] == [1, 2]  # type: ignore[attr-defined]
     assert not list(sweep.directory.glob(".*"))  # no temporary file is left
+
+
+def test_epochs_that_are_reported_again_count_once(sweep: Sweep) -> None:
+    recorder = make(sweep)
+    run(recorder, DENSE, 80.0)
+    trial = trial_of("0001")
+    recorder.on_trial_start(0, [], trial)
+    for epochs in ((0, 1), (0, 1, 2)):  # its actor died, and it starts anew
+        for epoch in epochs:
+            recorder.on_trial_result(0, [], trial, result(trial, 60.0 + epoch, epoch, "running"))
+    recorder.on_trial_complete(0, [], trial)
+    record = recorder.records["0001"]
+    assert [h["epoch"] for h in record.history] == [0, 1, 2]
+    assert (record.val_top1, record.epochs) == (62.0, 2)
+    logged = [call[:2] for call in recorder.tracker.of("epoch") if call[0] == "0001"]  # type: ignore[attr-defined]
+    assert logged == [("0001", epoch) for epoch in range(3)]
 
 
 def test_what_a_scheduler_ends_is_stopped_and_never_on_the_front(sweep: Sweep) -> None:

@@ -44,7 +44,7 @@ def record(
         "shape": {"dim": 8, "blocks": [], "nonzero": {}},
         "seconds": 3.5,
         "history": [{"epoch": 0, "val_top1": 50.0}, {"epoch": 1, "val_top1": 60.0}],
-        "checkpoint": f"trials/{trial}/checkpoint_000001",
+        "checkpoint": f"models/{trial}/epoch-0001",
     }
     return TrialRecord(**{**values, **more})
 

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +13,22 @@ import torch
 import search.trial_data
 from pruners import PrunableViT, ViTShape
 from pruners.evaluation import evaluate
+from pruners.training import FineTuner, NonFiniteLossError
 from search.check import check
 from search.parquet import Images
 from search.searcher import PlanSearcher
 from search.sweep_file import load_sweep
 from search.teacher import PREFIX, Teacher
-from search.trial import STATE, PlanTrial, TrialInputs
+from search.trial import PlanTrial, TrialInputs
 from search.trial_data import measure_on_test, open_split, trial_device
+from search.trial_files import model_path
+
+COUNTER = itertools.count()
 
 
 def whole_inputs(sweep) -> TrialInputs:
     dense, _ = check(sweep)
-    return TrialInputs(sweep=sweep, dense=dense, start=dense)
+    return TrialInputs(sweep=sweep, dense=dense, start=dense, directory=sweep.directory)
 
 
 @pytest.fixture
@@ -36,10 +43,14 @@ def configs(inputs: TrialInputs) -> list[dict]:
     return [searcher.suggest(f"t{i}") for i in range(4)]
 
 
-def trial(config: dict, inputs: TrialInputs) -> PlanTrial:
+def trial(config: dict, inputs: TrialInputs, directory: Path | None = None) -> PlanTrial:
+    """An actor of a sweep of its own, or one that finds what others left in a directory."""
+    apart = directory or inputs.directory / f"apart-{next(COUNTER)}"
+    own = dataclasses.replace(inputs, directory=apart)
+
     class Here(PlanTrial):
         def setup(self, config: dict) -> None:  # type: ignore[override]
-            super().setup(config, inputs)
+            super().setup(config, own)
 
     return Here(config)
 
@@ -87,33 +98,70 @@ def test_zeros_stay_zero_through_fine_tuning(inputs, configs) -> None:
         assert (layers[site].weight[~mask] == 0).all()
 
 
-def test_a_resumed_trial_is_the_same_trial(inputs, configs, tmp_path) -> None:
+@pytest.mark.parametrize("done", [1, 2])
+def test_a_resumed_trial_is_the_same_trial(done: int, inputs, configs, tmp_path: Path) -> None:
     straight = trial(configs[2], inputs)
     expected = run(straight)
-    killed = trial(configs[2], inputs)
-    for _ in range(2):
-        killed.step()
-    killed.save_checkpoint(str(tmp_path))
-    resumed = trial(configs[2], inputs)
-    resumed.load_checkpoint(str(tmp_path))
-    (last,) = run(resumed)
+    killed = trial(configs[2], inputs, tmp_path)
+    before = [killed.step() for _ in range(done)]
+    resumed = trial(configs[2], inputs, tmp_path)
+    results = run(resumed)
+    assert results[:done] == before  # the driver may not have heard of them
     for ours, theirs in zip(weights(resumed), weights(straight), strict=True):
         assert torch.equal(ours, theirs)
     for key in ("epoch", "val_top1", "train_loss", "shape", "status"):
-        assert last[key] == expected[-1][key]
+        assert [r[key] for r in results] == [r[key] for r in expected]
+    assert len({r["latency_ms"] for r in results}) == 1  # measured once
 
 
-def test_a_finished_trials_checkpoint_is_a_model_and_nothing_else(
-    inputs, configs, tmp_path
+def test_a_trial_that_has_ended_is_not_run_again(
+    inputs, configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = trial(configs[1], inputs)
+    results = run(trial(configs[2], inputs, tmp_path))
+    monkeypatch.setattr(PlanTrial, "_cut", lambda _: pytest.fail("it was cut again"))
+    again = trial(configs[1], inputs)  # an actor that is reused
+    assert again.sweep == inputs.sweep
+    again.directory = tmp_path
+    assert again.reset_config(configs[2])
+    assert run(again) == results
+
+
+def test_of_another_trial_of_its_name_nothing_is_taken(inputs, configs, tmp_path: Path) -> None:
+    run(trial(configs[2], inputs, tmp_path))
+    expected = run(trial(configs[2] | {"seed": 1}, inputs))
+    results = run(trial(configs[2] | {"seed": 1}, inputs, tmp_path))
+    assert [r["val_loss"] for r in results] == [r["val_loss"] for r in expected]
+    (left,) = (tmp_path / "models" / configs[2]["trial"]).iterdir()
+    assert left.name == "epoch-0002"
+
+
+def test_a_failed_trial_leaves_its_last_good_epoch(
+    inputs, configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = trial(configs[1], inputs, tmp_path)
+    results = [one.step(), one.step()]
+
+    def fails(*_: object) -> float:
+        raise NonFiniteLossError("loss is nan")
+
+    monkeypatch.setattr(FineTuner, "train_taught", fails)
+    assert one.step()["status"] == "failed"
+    (left,) = (tmp_path / "models" / configs[1]["trial"]).iterdir()
+    assert left.name == "epoch-0001"
+    again = trial(configs[1], inputs, tmp_path)
+    assert [again.step(), again.step()] == results
+    assert again.step()["status"] == "failed"
+
+
+def test_what_a_finished_trial_leaves_is_its_model(inputs, configs, tmp_path: Path) -> None:
+    one = trial(configs[1], inputs, tmp_path)
     last = run(one)[-1]
-    one.save_checkpoint(str(tmp_path))
-    assert not (tmp_path / STATE).exists()
-    vit = PrunableViT.load(tmp_path)
+    left = tmp_path / model_path(configs[1]["trial"], 2)
+    assert sorted(os.listdir(left)) == ["model.safetensors", "results.json", "shape.json"]
+    vit = PrunableViT.load(left)
     images = open_split(inputs.sweep, inputs.dense, "val")
     assert evaluate(vit, images.batches(256, seed=None, augment=False)).top1 == last["val_top1"]
-    top1 = measure_on_test(tmp_path, inputs.sweep, inputs.dense)
+    top1 = measure_on_test(left, inputs.sweep, inputs.dense)
     assert 0.0 <= top1 <= 100.0
 
 
@@ -196,12 +244,10 @@ def test_every_token_method_runs_as_a_step_and_resumes(
     assert json.loads(expected[-1]["shape"])["blocks"][2]["mlp_tokens"] < 25
     ratio = expected[-1]["effective_gmacs"] / check(sweep)[1].dense_cost * 1e9
     assert ratio == pytest.approx(config["cost_ratio"])
-    killed = trial(config, inputs)
+    killed = trial(config, inputs, tmp_path / "killed")
     for _ in range(2):
         killed.step()
-    killed.save_checkpoint(str(tmp_path / "checkpoint"))
-    resumed = trial(config, inputs)
-    resumed.load_checkpoint(str(tmp_path / "checkpoint"))
+    resumed = trial(config, inputs, tmp_path / "killed")
     assert run(resumed)[-1]["train_loss"] == expected[-1]["train_loss"]
     for ours, theirs in zip(weights(resumed), weights(straight), strict=True):
         assert torch.equal(ours, theirs)

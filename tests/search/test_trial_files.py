@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from pruners import PrunableViT
+from search.trial_files import DECISIVE, TrialFiles, model_path
+
+CONFIG = {
+    "trial": "0007",
+    "plan": '{"steps": []}',
+    "origin": "search",
+    "epochs": 3,
+    "seed": 0,
+    "learned": "",
+    "cost_ratio": 0.5,
+    "parameters": {"budget": 0.5},
+}
+
+
+def result(epoch: int, status: str = "running") -> dict:
+    return {"epoch": epoch, "status": status, "val_top1": 50.0 + epoch}
+
+
+@pytest.fixture
+def vit(tiny) -> PrunableViT:
+    return tiny()
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> TrialFiles:
+    return TrialFiles(tmp_path, CONFIG)
+
+
+def saved_twice(files: TrialFiles, vit: PrunableViT) -> Path:
+    """Save two epochs; return the folder of the last."""
+    files.save(vit, [result(0)], {"step": torch.tensor(1)})
+    files.save(vit, [result(0), result(1)], {"step": torch.tensor(2)})
+    return files.directory / "epoch-0001"
+
+
+def test_what_was_saved_is_read_back(files: TrialFiles, vit: PrunableViT, tmp_path: Path) -> None:
+    assert files.load() is None
+    folder = saved_twice(files, vit)
+    saved = TrialFiles(tmp_path, dict(CONFIG)).load()
+    assert saved.results == [result(0), result(1)]
+    assert saved.tuner == {"step": torch.tensor(2)}
+    assert saved.directory == folder == tmp_path / model_path("0007", 1)
+    again = PrunableViT.load(saved.directory)
+    for ours, theirs in zip(again.parameters(), vit.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert os.listdir(files.directory) == ["epoch-0001"]  # neither older ones nor temporary ones
+
+
+def test_the_last_epoch_keeps_only_the_model(files: TrialFiles, vit: PrunableViT) -> None:
+    saved_twice(files, vit)
+    files.save(vit, [result(0), result(1), result(2, "finished")], None)
+    saved = files.load()
+    assert saved.tuner is None
+    assert saved.results[-1] == result(2, "finished")
+    assert not (saved.directory / "tuner.pt").exists()
+
+
+def test_a_save_that_was_cut_short_does_not_count(files: TrialFiles, vit: PrunableViT) -> None:
+    folder = saved_twice(files, vit)
+    torn = files.directory / ".epoch-0002.node.1"  # its process died
+    torn.mkdir()
+    (torn / "results.json").write_text("{")
+    assert files.load().directory == folder
+    files.save(vit, [result(0), result(1), result(2)], {})
+    assert os.listdir(files.directory) == ["epoch-0002"]
+
+
+def test_the_newest_counts_where_an_older_one_was_not_removed(
+    files: TrialFiles, vit: PrunableViT, tmp_path: Path
+) -> None:
+    files.save(vit, [result(9)], {})
+    (files.directory / "epoch-0009").rename(tmp_path / "epoch-0009")
+    files.save(vit, [result(10)], {})
+    (tmp_path / "epoch-0009").rename(files.directory / "epoch-0009")
+    assert files.load().results == [result(10)]
+
+
+@pytest.mark.parametrize("key", [*DECISIVE, "parameters"])
+def test_another_trial_of_the_name_is_not_continued(
+    key: str, files: TrialFiles, vit: PrunableViT, tmp_path: Path
+) -> None:
+    saved_twice(files, vit)
+    other = TrialFiles(tmp_path, CONFIG | {key: "other"})
+    assert (other.load() is None) == (key in DECISIVE)
+    other.save(vit, [result(1)], {})
+    assert other.load().results == [result(1)]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "shape.json", "tuner.pt", "results.json"])
+@pytest.mark.parametrize("damage", ["torn", "changed", "missing"])
+def test_damaged_files_are_named(
+    name: str, damage: str, files: TrialFiles, vit: PrunableViT
+) -> None:
+    folder = saved_twice(files, vit)
+    content = (folder / name).read_bytes()
+    if damage == "missing":
+        (folder / name).unlink()
+    elif damage == "torn":
+        (folder / name).write_bytes(content[: len(content) // 2])
+    else:
+        (folder / name).write_bytes(content[:-3] + bytes(b ^ 255 for b in content[-3:]))
+    with pytest.raises(ValueError, match=rf"epoch-0001/{name} is damaged; move its folder away"):
+        files.load()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"results": []}, {"results": 3}, {"digests": {}}, {"digests": {"../x": ""}}, {"identity": 1}],
+)
+def test_results_of_another_form_are_never_used(
+    change: dict, files: TrialFiles, vit: PrunableViT
+) -> None:
+    path = saved_twice(files, vit) / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    if "identity" in change:
+        assert files.load() is None
+        return
+    with pytest.raises(ValueError, match=r"results\.json is damaged"):
+        files.load()
+
+
+def test_nothing_is_unpickled(files: TrialFiles, vit: PrunableViT) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return os.mkdir, (str(files.directory / "evil"),)
+
+    files.save(vit, [result(0)], {"step": Evil()})
+    with pytest.raises(Exception, match=r"weights_only|Weights only"):
+        files.load()
+    assert not (files.directory / "evil").exists()
