@@ -1,10 +1,10 @@
 """Arms without a search: plans at budgets that are spread evenly, the coarse ones first.
 
 `uniform` cuts the same share everywhere. `own` takes each method's own allocation, all steps
-together and each alone; `own_together` only together. `curvature` ranks units once, over all
-layers, by the diagonal of the empirical Fisher matrix per MAC, as single-shot curvature methods do
-(SnapViT, NeurIPS 2025, is the manner; the score is `pruners.methods.fisher` summed over units);
-`curvature_tome` leaves half of it (the root of the budget) to ToMe.
+together. `curvature` ranks units once, over all layers, by the diagonal of the empirical Fisher
+matrix per MAC, as single-shot curvature methods do (SnapViT, NeurIPS 2025, is the manner; the score
+is `pruners.methods.fisher` summed over units); `curvature_tome` leaves half of it (the root of the
+budget) to ToMe.
 """
 
 from __future__ import annotations
@@ -84,28 +84,18 @@ def curvature(bench: Bench, count: int, *, tome: bool) -> Iterator[Cut]:
         yield _cut(bench, *_in_range(bench, budget, plan_of))
 
 
-def own(bench: Bench, count: int, *, together: bool) -> Iterator[Cut]:
+def own(bench: Bench, count: int) -> Iterator[Cut]:
     """Cut as the methods themselves would: what a sweep tries first, at more budgets."""
-    kinds = 1 if together else 1 + len(bench.sweep.steps)
-    rungs_of_each = math.ceil(count / kinds)
-    sweep = bench.sweep.model_copy(update={"ladder": rungs_of_each})
-    plain = Space(sweep, bench.shape)
+    sweep = bench.sweep.model_copy(update={"ladder": count})
     known = {}
-    for step in plain.steps:
+    for step in Space(sweep, bench.shape).steps:
         scores = bench.scored(step.pruner).scores
         shares = own_shares(step.pruner, bench.shape, scores, step.max_share)
         known[step.label] = [Rung(pruner=step.pruner, own=shares)]
     space = Space(sweep, bench.shape, known)
-    ladder = space.ladder()
-    ordered = []
-    for rung in coarse_to_fine(rungs_of_each):
-        alone = range(rungs_of_each + rung * (kinds - 1), rungs_of_each + (rung + 1) * (kinds - 1))
-        ordered += [ladder[place] for place in (rung, *alone)]
-    for parameters in ordered[:count]:
-        try:
-            proposal = space.propose(parameters)
-        except OutOfReachError:
-            continue
+    ladder = sorted(space.ladder(), key=lambda parameters: float(parameters["budget"]))
+    for place in coarse_to_fine(count):  # in the order of the other ladders
+        proposal = space.propose(ladder[place])
         yield _cut(bench, proposal.plan, proposal.cost_ratio)
 
 

@@ -7,9 +7,9 @@ model's; every trial is tuned for two epochs by the same recipe on the same imag
 
     uniform                       a ladder of budgets, the same share everywhere
     random, optuna, nsga2         Ray Tune over the raw share of every site (`rivals.py`)
-    tp_magnitude, tp_taylor       Torch-Pruning's global pruning, a ladder of budgets
+    tp_magnitude, tp_taylor       Torch-Pruning's global pruning of units, a ladder of budgets
     engine                        a sweep with its defaults; engine_*: variants (`engine_arm.py`)
-    own, own_together, curvature, curvature_tome     no search either (`quality_ladders.py`)
+    own, curvature, curvature_tome     no search either (`quality_ladders.py`)
 
 The first two lines and Torch-Pruning's are the rivals of the goal that the report states. What has
 ended is kept below --out and not run again, so an interrupted run continues with the same command;
@@ -42,7 +42,7 @@ from rivals import search_optuna, search_random
 from search.sweep import Sweep
 
 RIVALS = ["uniform", "random", "optuna", "nsga2", "tp_magnitude", "tp_taylor"]
-LADDERS = ["own", "own_together", "curvature", "curvature_tome"]
+LADDERS = ["own", "curvature", "curvature_tome"]
 ARMS = [*RIVALS, *VARIANTS, *LADDERS]
 
 
@@ -72,8 +72,8 @@ def run_arm(settings: Settings, arm: str, seed: int) -> None:
         cuts = torch_pruning(bench, count, arm.removeprefix("tp_"))
     elif arm == "uniform":
         cuts = uniform(bench, count)
-    elif arm.startswith("own"):
-        cuts = own(bench, count, together=arm == "own_together")
+    elif arm == "own":
+        cuts = own(bench, count)
     else:
         cuts = curvature(bench, count, tome=arm == "curvature_tome")
     run_ladder(bench, Journal(journal), cuts)
