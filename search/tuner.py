@@ -37,9 +37,6 @@ from search.tracking import Tracker
 from search.trial import PlanTrial, TrialInputs
 from search.trial_data import measure_on_test
 
-TRIALS = "trials"
-"""Folder of a sweep's directory that Ray Tune keeps its state in."""
-
 DONE = "done"
 """File of a sweep's directory that says that it is finished."""
 
@@ -174,7 +171,7 @@ def prepare_directory(sweep: Sweep) -> bool:
         SweepError: If it holds another sweep.
     """
     _refuse_another(sweep)
-    if any((sweep.directory / TRIALS).glob("experiment_state-*.json")):
+    if any((sweep.directory / ray_folder(sweep)).glob("experiment_state-*.json")):
         return True
     sweep.directory.mkdir(parents=True, exist_ok=True)
     temporary = sweep.directory / "sweep.tmp"
@@ -210,7 +207,7 @@ def run_trials(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the recorder says what failed
     tune.run(
         tune.with_parameters(PlanTrial, inputs=inputs),
-        name=TRIALS,
+        name=ray_folder(sweep),
         storage_path=str(sweep.directory.resolve()),
         search_alg=searcher,
         scheduler=scheduler,
@@ -226,6 +223,15 @@ def run_trials(
         resume_config=ResumeConfig() if resuming else None,
         verbose=0,
     )
+
+
+def ray_folder(sweep: Sweep) -> str:
+    """Return the folder of a sweep's directory that Ray Tune keeps its state in.
+
+    It bears the sweep's name: Ray prepares what it writes there in a folder of that name, which
+    two sweeps that start in the same second would share.
+    """
+    return f"ray-{sweep.name}"
 
 
 def bundle(sweep: Sweep) -> dict[str, float]:
