@@ -100,10 +100,8 @@ class Proposer:
         self.study.set_user_attr("objectives", OBJECTIVES)
         self.finer = self.space.refined()
         self.rng = np.random.default_rng(self.sweep.seed)
-        ladder = self.space.ladder()
-        left = max(0, self.sweep.trials // 4 - len(ladder))
-        first = [("ladder", parameters) for parameters in ladder]
-        first += [("alone", parameters) for parameters in self.space.alone()[:left]]
+        first = [("ladder", parameters) for parameters in self.space.ladder()]
+        first += [("alone", parameters) for parameters in self.space.alone()]
         first += [("earlier", self._within(parameters)) for parameters in self.earlier]
         for origin, parameters in first:
             self.study.enqueue_trial(parameters, user_attrs={"origin": origin})

@@ -73,7 +73,7 @@ class Space:
         self.cost_name = "effective_macs" if sweep.cost == "effective_gmacs" else "macs"
         self.dense_cost = getattr(cost_of(dense), self.cost_name)
         self.low, self.high = sweep.budget.low, sweep.budget.high
-        self.ladder_rungs = sweep.ladder
+        self.ladder_rungs, self.alone_rungs = sweep.ladder, sweep.alone
         self.steps = tuple(
             dataclasses.replace(
                 space_step(label, spec, sweep.epochs), rungs=tuple((rungs or {}).get(label, ()))
@@ -146,15 +146,16 @@ class Space:
         Of the methods that learn one takes part, in turn. Budgets go from coarse to fine, so that
         the first of them span the range already.
         """
-        return [self._neutral(budget, rung) for rung, budget in enumerate(self._budgets())]
+        budgets = self._budgets(self.ladder_rungs)
+        return [self._neutral(budget, rung) for rung, budget in enumerate(budgets)]
 
     def alone(self) -> list[Parameters]:
-        """Return parameters of each step alone, at the budgets of the ladder."""
+        """Return parameters of each step alone, as its method allocates itself."""
         if len(self.steps) == 1:
             return []
         plans = [
             self._alone(self._neutral(budget, rung), step)
-            for rung, budget in enumerate(self._budgets())
+            for rung, budget in enumerate(self._budgets(self.alone_rungs))
             for step in self.steps
         ]
         return [plan for i, plan in enumerate(plans) if plan not in plans[:i]]
@@ -298,11 +299,11 @@ class Space:
     def _ratio(self, plan: Plan) -> float:
         return getattr(cost_of(plan.shape(self.dense)), self.cost_name) / self.dense_cost
 
-    def _budgets(self) -> list[float]:
-        """Return the budgets of the first plans, from coarse to fine."""
-        if self.ladder_rungs == 1:
+    def _budgets(self, count: int) -> list[float]:
+        """Return budgets of first plans, from coarse to fine."""
+        if count == 1:
             return [(self.low + self.high) / 2]
-        budgets = np.linspace(self.low, self.high, self.ladder_rungs)
+        budgets = np.linspace(self.low, self.high, count)
         return budgets[farthest_first(budgets[:, None])].tolist()
 
     def _neutral(self, budget: float, rung: int) -> Parameters:

@@ -181,6 +181,7 @@ class Sweep(_Part):
     cost: Literal["effective_gmacs", "gmacs", "latency"] = "effective_gmacs"
     trials: int = Field(ge=2)  # the dense model and the first plans count
     ladder: int = Field(9, ge=0)  # budgets at which the methods' own allocations are tried first
+    alone: int = Field(1, ge=0)  # budgets at which each method is then tried alone
     start_from: str | None = None  # directory of an earlier sweep, whose front is tried next
     epochs: int = Field(ge=0)  # of fine-tuning, per trial
     elastic_epochs: int = Field(0, ge=0)  # of tuning the dense model for cuts, once; 0 is none

@@ -112,6 +112,7 @@ name = "tiny"
 budget = [0.5, 0.9]
 trials = 6
 ladder = 2
+alone = 0
 epochs = 1
 storage = "{folder}/results"
 

@@ -28,6 +28,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 """Arm -> what it overrides of a sweep's defaults."""
 
+GO_ON = 1.6
+"""How many in eta go on, as measured: a search gets better, so that more than one of its later
+trials is among the best."""
+
 
 def sweep_of(settings: Settings, arm: str, seed: int) -> Sweep:
     """Return an arm's sweep, of as many trials as its epochs are expected to be enough for."""
@@ -40,7 +44,7 @@ def sweep_of(settings: Settings, arm: str, seed: int) -> Sweep:
 def trials_for(sweep: Sweep, epochs: int) -> int:
     """Return how many trials so many epochs are expected to be enough for.
 
-    The ladder's run to their end; of others one in eta goes on at each rung.
+    The ladder's run to their end; of others `GO_ON` in eta go on at each rung.
     """
     whole = epochs // TUNE_EPOCHS
     if sweep.halving is None:
@@ -53,7 +57,7 @@ def _expected_epochs(sweep: Sweep) -> float:
     epochs, alive, before = 0.0, 1.0, 0
     for rung in milestones(TUNE_EPOCHS, sweep.halving.first, sweep.halving.eta):
         epochs, before = epochs + alive * (rung - before), rung
-        alive /= sweep.halving.eta
+        alive *= min(1.0, GO_ON / sweep.halving.eta)
     return epochs + alive * (TUNE_EPOCHS - before)
 
 

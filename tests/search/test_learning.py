@@ -143,8 +143,8 @@ def test_a_sweep_over_all_that_learn(sweep_file: Path, capsys: pytest.CaptureFix
     """Every learning method proposes first trials of its own; they share one front."""
     extra = {"x_pruner": ", mask_epochs=1, budgets=[0.6, 0.8]"}
     steps = [f'{{method="{name}", epochs=1{extra.get(name, "")}}}' for name in LEARNERS]
-    trials = 2 * (2 * (len(LEARNERS) + 2))  # a quarter of them are first plans
-    sets = [f'steps=[{", ".join(steps)}, {{method="magnitude"}}]', f"trials={trials}"]
+    trials = 1 + 2 + 2 * (len(LEARNERS) + 1) + 4  # first plans, each method alone at two budgets
+    sets = [f'steps=[{", ".join(steps)}, {{method="magnitude"}}]', f"trials={trials}", "alone=2"]
     assert main(["run", str(sweep_file), "--set", *sets]) == 0
     shown = capsys.readouterr().out
     storage = sweep_file.parent / "results"

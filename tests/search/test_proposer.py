@@ -28,6 +28,7 @@ def sweep_with(**changes: Any) -> Sweep:
             "budget": [0.5, 0.9],
             "trials": 20,
             "ladder": 2,
+            "alone": 0,
             "epochs": 1,
             "sampler": "random",
             "model": {"name": "x"},
@@ -92,19 +93,15 @@ def plans(found: list[tuple[str, Proposal]]) -> list[dict]:
 # First plans.
 
 
-@pytest.mark.parametrize(
-    ("trials", "ladder", "first"),
-    [(4, 2, 2), (8, 2, 2), (16, 2, 4), (24, 2, 6), (40, 2, 6), (3, 5, 5)],
-)
-def test_first_plans_take_a_quarter_of_the_trials_or_the_ladder(
-    trials: int, ladder: int, first: int, proposer
-) -> None:
-    p = proposer(trials=trials, ladder=ladder, refine=0.0)
+@pytest.mark.parametrize(("ladder", "alone"), [(2, 0), (2, 1), (0, 2), (0, 0), (3, 2)])
+def test_all_together_come_first_then_each_alone(ladder: int, alone: int, proposer) -> None:
+    p = proposer(trials=40, ladder=ladder, alone=alone, refine=0.0)
     expected = [*p.space.ladder(), *p.space.alone()]
-    found = asked(p, first + 2)
-    alone = ["alone"] * (first - ladder)
-    assert [origin for origin, _ in found] == ["ladder"] * ladder + alone + ["search"] * 2
-    assert [proposal.parameters for _, proposal in found[:first]] == expected[:first]
+    found = asked(p, len(expected) + 2)
+    singles = ["alone"] * (len(expected) - ladder)
+    assert [origin for origin, _ in found] == ["ladder"] * ladder + singles + ["search"] * 2
+    assert [proposal.parameters for _, proposal in found[:-2]] == expected
+    assert bool(singles) == bool(alone)
 
 
 def test_an_earlier_front_follows_the_ladder_within_bounds(proposer) -> None:
@@ -168,7 +165,8 @@ def test_no_plan_is_tried_twice(proposer) -> None:
 
 
 def test_two_methods_that_leave_the_same_are_two_plans(proposer) -> None:
-    p = proposer(steps=[{"method": "magnitude"}, {"method": "taylor"}], trials=40, ladder=1)
+    steps = [{"method": "magnitude"}, {"method": "taylor"}]
+    p = proposer(steps=steps, trials=40, ladder=1, alone=1)
     found = [proposal for _, proposal in asked(p, 3)]
     alone = [[s.pruner.name for s in f.plan.steps if s.active] for f in found[1:]]
     assert alone == [["magnitude"], ["taylor"]]
@@ -314,7 +312,7 @@ def test_refining_begins_with_the_last_share_of_the_trials(
 ) -> None:
     found = searched(proposer(refine=refine), 19)
     origins = [origin for origin, _ in found]
-    expected = ["ladder"] * 2 + ["alone"] * 3 + ["search"] * (first - 6)
+    expected = ["ladder"] * 2 + ["search"] * (first - 3)
     assert origins[: first - 1] == expected
     assert origins[first - 1 :] == ["refined"] * (20 - first)
 
@@ -386,7 +384,7 @@ def test_without_a_finer_space_optuna_goes_on(kind: str, proposer) -> None:
 
 def test_where_nothing_is_told_optuna_goes_on(proposer) -> None:
     p = proposer(trials=8, ladder=1)
-    assert [origin for origin, _ in asked(p, 4, start=6)] == ["ladder", "alone"] + ["search"] * 2
+    assert [origin for origin, _ in asked(p, 4, start=6)] == ["ladder"] + ["search"] * 3
 
 
 def test_a_learner_stays_what_it_is_when_a_plan_is_refined(shape: ViTShape) -> None:

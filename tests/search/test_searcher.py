@@ -41,6 +41,7 @@ def searcher(tiny) -> Callable[..., PlanSearcher]:
                 "budget": [0.5, 0.9],
                 "trials": 6,
                 "ladder": 2,
+                "alone": 0,
                 "epochs": 3,
                 "sampler": "random",
                 "model": {"name": "x"},
@@ -478,7 +479,7 @@ def test_where_there_is_no_plan_at_all_the_sweep_fails(searcher) -> None:
 def test_interrupted_anywhere_it_goes_on_the_same_way(
     at_once: int, searcher, tmp_path: Path
 ) -> None:
-    changes = {"trials": 8, "ladder": 1, "refine": 0.4, "sampler": "tpe", **PHASES}
+    changes = {"trials": 10, "ladder": 1, "alone": 1, "refine": 0.4, "sampler": "tpe", **PHASES}
     one = searcher(**changes)
     handed: list[dict] = []
     running: list[str] = []

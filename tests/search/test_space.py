@@ -83,7 +83,7 @@ def test_alone_and_without_deviations_a_step_is_the_methods_own_allocation(
     sweep_file, tiny
 ) -> None:
     vit = tiny(patch_size=2)
-    sweep = load_sweep(sweep_file, [MIXED.replace("evit", "tome"), "ladder=3"])
+    sweep = load_sweep(sweep_file, [MIXED.replace("evit", "tome"), "alone=3"])
     space = known_space(sweep, vit, batches_for(vit))
     dense = vit.shape()
     alone = [space.propose(parameters) for parameters in space.alone()]
@@ -167,7 +167,8 @@ def test_the_slope_runs_over_the_depth(space: Space) -> None:
     assert falling[2] < own[2] < rising[2]
 
 
-def test_first_plans_span_the_budget_together_and_alone(space: Space) -> None:
+def test_first_plans_span_the_budget_together_and_alone(sweep_file, tiny, batches) -> None:
+    space = known_space(load_sweep(sweep_file, [MIXED, "alone=2"]), tiny(), batches)
     together = ["grouped", "evit", "magnitude"]
     ladder = [space.propose(parameters) for parameters in space.ladder()]
     assert [p.parameters["budget"] for p in ladder] == [0.5, 0.9]
@@ -186,16 +187,16 @@ def test_first_plans_span_the_budget_together_and_alone(space: Space) -> None:
 def test_budgets_of_the_first_plans_go_from_coarse_to_fine(
     count: int, places: list[float], sweep_file, tiny
 ) -> None:
-    space = Space(load_sweep(sweep_file, [MIXED, f"ladder={count}"]), tiny().shape())
-    budgets = [parameters["budget"] for parameters in space.ladder()]
-    assert budgets == pytest.approx([0.5 + 0.4 * place for place in places])
-    for budget in set(budgets):
-        of_it = [parameters for parameters in space.alone() if parameters["budget"] == budget]
-        assert len(of_it) == 3
+    sets = [MIXED, f"ladder={count}", f"alone={count}"]
+    space = Space(load_sweep(sweep_file, sets), tiny().shape())
+    expected = pytest.approx([0.5 + 0.4 * place for place in places])
+    assert [parameters["budget"] for parameters in space.ladder()] == expected
+    assert [parameters["budget"] for parameters in space.alone()[::3]] == expected
+    assert len(space.alone()) == 3 * count
 
 
 def test_one_step_is_not_tried_alone_again(sweep_file, tiny) -> None:
-    sweep = load_sweep(sweep_file, ['steps=[{method="magnitude"}]', "ladder=3"])
+    sweep = load_sweep(sweep_file, ['steps=[{method="magnitude"}]', "ladder=3", "alone=3"])
     space = Space(sweep, tiny().shape())
     assert (len(space.ladder()), space.alone()) == (3, [])
 
@@ -285,7 +286,7 @@ def learned_space(sweep_file, tiny) -> Space:
         ],
         "vit_slim": [learned_rung(load_method("vit_slim"), shape, "slim")],
     }
-    return Space(load_sweep(sweep_file, [LEARNED]), shape, learned)
+    return Space(load_sweep(sweep_file, [LEARNED, "alone=2"]), shape, learned)
 
 
 def test_first_plans_are_what_each_learning_method_proposes_itself(learned_space: Space) -> None:
@@ -344,7 +345,8 @@ def test_a_block_goes_only_where_the_method_itself_removes_it(sweep_file, tiny) 
     }
     own = own_shares(method, shape, scores, 0.9)
     rung = Rung(pruner=method, own=own, path="w")
-    sweep = load_sweep(sweep_file, ['steps=[{method="wdpruning"}, {method="magnitude"}]'])
+    steps = 'steps=[{method="wdpruning"}, {method="magnitude"}]'
+    sweep = load_sweep(sweep_file, [steps, "alone=2"])
     space = Space(sweep, shape, {"wdpruning": [rung]})
     alone = space.propose(space.alone()[0])  # half of the cost: the last of three blocks can go
     assert [b.heads > 0 for b in alone.plan.shape(shape).blocks] == [True, True, False]
