@@ -81,9 +81,9 @@ FROM_0, FROM_1 = "{first=0, eta=3.0}", "{first=1, eta=3.0}"
 ARMS = {
     "uniform ladder": Arm(space="ladder"),
     "own allocations": Arm(space="own"),
-    "raw random": arm("random", space="", ladder=0),
-    "raw TPE": arm("tpe", space="", ladder=0),
-    "raw NSGA-II 20": arm("nsga2", space="", ladder=0),
+    "raw random": arm("random", space="", ladder=0, alone=0),
+    "raw TPE": arm("tpe", space="", ladder=0, alone=0),
+    "raw NSGA-II 20": arm("nsga2", space="", ladder=0, alone=0),
     "layer TPE": arm("tpe", space="layer"),
     "tied TPE": arm("tpe", space="tied"),
     "random": arm("random"),
