@@ -21,6 +21,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "engine_whole": ("halving=false",),
     "engine_halving_tuned": ("halving.first=1",),
     "engine_elastic": ("elastic_epochs=1",),
+    "engine_units": ("steps=[{method='grouped'}]",),  # as Torch-Pruning, which cuts no tokens
     "engine_no_refine": ("refine=0.0",),
     "engine_tpe": ("sampler='tpe'",),
     "engine_nsga2": ("sampler='nsga2'",),
