@@ -9,7 +9,6 @@ plan and two plans of the sweep's own space; the gradients are averaged. That is
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +18,6 @@ from pathlib import Path
 import ray
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
 from torch import Tensor
 
 from pruners import Plan, PrunableViT, Pruner
@@ -30,6 +28,7 @@ from pruners.learned import Learned
 from pruners.pruner import Scores
 from pruners.shared_weights import Subnet, shared_scores
 from pruners.training import Recipe, autocast_dtype, distillation, schedule_factor
+from search.digests import json_digest, tensors_digest
 from search.learning import learning_data
 from search.parquet import Images
 from search.progress import HEARTBEAT_S
@@ -257,7 +256,7 @@ def identity(
 ) -> str:
     """SHA-256 of everything that decides the tuned weights and their report."""
     learned = {
-        json.dumps([pruner.name, pruner.options()], sort_keys=True): _digest(found.scores)
+        json.dumps([pruner.name, pruner.options()], sort_keys=True): tensors_digest(found.scores)
         for pruner, found in start.learned.items()
     }
     decisive = {
@@ -266,7 +265,7 @@ def identity(
         "plans": [plan.to_json() for plan in start.plans],
         "learned": learned,
         "shape": dense.shape().to_json(),
-        "weights": _digest(dense.vit.state_dict()),
+        "weights": tensors_digest(dense.vit.state_dict()),
         "train": train.digest,
         "val": val.digest,
         "batch_size": sweep.data.batch_size,
@@ -275,9 +274,4 @@ def identity(
         "lr": sweep.elastic_lr,
         "seed": sweep.seed,
     }
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    whole = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-    return hashlib.sha256(save(whole)).hexdigest()
+    return json_digest(decisive)

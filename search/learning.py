@@ -5,8 +5,6 @@ It is kept beside the results by everything that decides it, so other sweeps fin
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +12,11 @@ from pathlib import Path
 
 import ray
 import torch
-from safetensors.torch import save
 
 from pruners import PrunableViT, Pruner
 from pruners.gates import LearningData
 from pruners.learned import Learned, LearnedPruner
+from search.digests import json_digest, tensors_digest
 from search.own import OwnShares, own_shares
 from search.parquet import Images
 from search.progress import HEARTBEAT_S
@@ -162,12 +160,11 @@ def learn_once(
 
 def identity(sweep: Sweep, dense: PrunableViT, pruner: Pruner, train: Images, val: Images) -> str:
     """SHA-256 of everything that decides what is learned: method, model, images, their order."""
-    tensors = {key: value.cpu().contiguous() for key, value in dense.vit.state_dict().items()}
     decisive = {
         "method": pruner.name,
         "options": pruner.options(),
         "shape": dense.shape().to_json(),
-        "weights": hashlib.sha256(save(tensors)).hexdigest(),
+        "weights": tensors_digest(dense.vit.state_dict()),
         "train": train.digest,
         "val": val.digest,
         "batch_size": sweep.data.batch_size,
@@ -175,7 +172,7 @@ def identity(sweep: Sweep, dense: PrunableViT, pruner: Pruner, train: Images, va
         "augment": sweep.finetune.augment,
         "seed": sweep.seed,
     }
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+    return json_digest(decisive)
 
 
 def learning_data(sweep: Sweep, train: Images, val: Images, device: torch.device) -> LearningData:

@@ -25,6 +25,7 @@ from torch import Tensor
 from pruners import PrunableViT
 from pruners.checkpoint import replace_file
 from search.augment import Epoch
+from search.digests import file_digest, json_digest
 from search.parquet import Images
 
 Answers = NDArray[np.float16]
@@ -106,8 +107,7 @@ class Teacher:
     def path(self, epoch: Epoch) -> Path:
         """Return the file of an epoch's answers, named by all that decides them."""
         decisive = {**self._decisive, "views": list(epoch) if self.augment else None}
-        digest = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-        return self.folder / f"{PREFIX}{digest[:40]}.npy"
+        return self.folder / f"{PREFIX}{json_digest(decisive)[:40]}.npy"
 
     @cached_property
     def _decisive(self) -> dict[str, object]:
@@ -127,7 +127,7 @@ class Teacher:
         for torn in self.folder.glob(f".{path.name}.*"):  # of a process that died in here
             torn.unlink()
         replace_file(path, lambda temporary: self._write(temporary, epoch))
-        note = json.dumps({"bytes": path.stat().st_size, "sha256": _file_digest(path)})
+        note = json.dumps({"bytes": path.stat().st_size, "sha256": file_digest(path)})
         replace_file(path.with_suffix(".json"), lambda temporary: temporary.write_text(note))
 
     def _write(self, path: Path, epoch: Epoch) -> None:
@@ -170,7 +170,7 @@ def open_answers(path: Path, shape: tuple[int, int]) -> Answers | None:
     """
     try:
         note = json.loads(path.with_suffix(".json").read_text())
-        if path.stat().st_size != note["bytes"] or _file_digest(path) != note["sha256"]:
+        if path.stat().st_size != note["bytes"] or file_digest(path) != note["sha256"]:
             return None
         answers = np.load(path, mmap_mode="r")
     except (FileNotFoundError, ValueError, KeyError, TypeError):  # bad JSON is a ValueError
@@ -213,8 +213,3 @@ def weights_digest(vit: PrunableViT) -> str:
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
         digest.update(memoryview(values.flatten().view(torch.uint8).numpy()))
     return digest.hexdigest()
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

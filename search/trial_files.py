@@ -7,7 +7,6 @@ run again. What lies here is found by the trial's name, however old Ray's snapsh
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ import torch
 
 from pruners import PrunableViT
 from pruners.checkpoint import SHAPE, WEIGHTS
+from search.digests import file_digest, json_digest
 
 MODELS = "models"
 """Folder of a sweep's directory that holds a folder for each trial."""
@@ -49,8 +49,7 @@ class TrialFiles:
     def __init__(self, sweep_directory: Path, config: dict[str, Any]) -> None:
         """Name the files of the trial with this configuration; nothing is read or written."""
         self.directory = sweep_directory / MODELS / config["trial"]
-        decisive = json.dumps({key: config.get(key) for key in DECISIVE}, sort_keys=True)
-        self.identity = hashlib.sha256(decisive.encode()).hexdigest()
+        self.identity = json_digest({key: config.get(key) for key in DECISIVE})
 
     def save(
         self, vit: PrunableViT, results: list[dict[str, Any]], tuner: dict[str, Any] | None
@@ -63,7 +62,7 @@ class TrialFiles:
         vit.save(temporary, measured={"val_top1": last["val_top1"], "epoch": last["epoch"]})
         if tuner is not None:
             torch.save(tuner, temporary / TUNER)
-        digests = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
+        digests = {path.name: file_digest(path) for path in sorted(temporary.iterdir())}
         saved = {"identity": self.identity, "digests": digests, "results": results}
         (temporary / RESULTS).write_text(json.dumps(saved))
         shutil.rmtree(target, ignore_errors=True)  # of another trial of this name
@@ -78,7 +77,7 @@ class TrialFiles:
         Raises:
             ValueError: If a file is not what was written, in one line.
         """
-        found = sorted(self.directory.glob(model_name("*")))
+        found = sorted(self.directory.glob("epoch-*"))
         if not found:
             return None
         path = found[-1] / RESULTS
@@ -94,7 +93,7 @@ class TrialFiles:
         if digests.keys() != expected:
             raise ValueError(_damaged(path))
         for name, digest in digests.items():
-            if not (path.parent / name).is_file() or _digest(path.parent / name) != digest:
+            if not (path.parent / name).is_file() or file_digest(path.parent / name) != digest:
                 raise ValueError(_damaged(path.parent / name))
         tuner = None
         if not ended:
@@ -107,14 +106,9 @@ def model_path(trial: str, epoch: int) -> str:
     return f"{MODELS}/{trial}/{model_name(epoch)}"
 
 
-def model_name(epoch: int | str) -> str:
+def model_name(epoch: int) -> str:
     """Return the name of the folder of an epoch's model; epochs sort by it."""
-    return f"epoch-{epoch:04d}" if isinstance(epoch, int) else f"epoch-{epoch}"
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return f"epoch-{epoch:04d}"
 
 
 def _damaged(path: Path) -> str:
