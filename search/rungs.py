@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 
-import moocore
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 
@@ -59,17 +58,6 @@ def bracket_of(number: int, weights: Floats) -> int:
     """
     place = number * GOLDEN % 1.0
     return int(np.searchsorted(np.cumsum(weights[:-1]), place, side="right"))
-
-
-def ranks(costs: ArrayLike, top1s: ArrayLike) -> NDArray[np.int64]:
-    """Return the non-domination rank of each point [n]: 0 on the front, 1 once that is gone, ...
-
-    Equal points share a rank (Deb et al., 2002, NSGA-II, section III.A).
-    """
-    points = np.column_stack([np.asarray(costs, float), -np.asarray(top1s, float)])
-    if not len(points):
-        return np.zeros(0, dtype=np.int64)
-    return np.asarray(moocore.pareto_rank(points), dtype=np.int64)
 
 
 def within_band(costs: Floats, top1s: Floats, candidate: int, eta: float) -> bool:

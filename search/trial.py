@@ -105,9 +105,8 @@ class PlanTrial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Run one epoch and return its metrics; the last result of a trial has `done`."""
-        if self.reported < len(self.results):
-            self.reported += 1
-            return dict(self.results[self.reported - 1])
+        if self.repeats:
+            return self.repeats.pop(0)
         start = time.perf_counter()
         status, reason, loss = "running", "", 0.0
         try:
@@ -128,18 +127,17 @@ class PlanTrial(tune.Trainable):
             status = "finished"
         self.seconds += time.perf_counter() - start
         self.results.append(self._result(status, reason, loss))
-        self.reported += 1
         if status != "failed":
             tuner = self.tuner.state_dict() if status == "running" else None
             self.files.save(self.vit, self.results, tuner)
-        return dict(self.results[-1])
+        return dict(self.results[-1])  # Ray adds to it
 
     def _begin(self, config: dict[str, Any]) -> None:
         self.config = config
         self.plan = Plan.from_json(json.loads(config["plan"]))
         self.files = TrialFiles(self.directory, config)
         self.results: list[dict[str, Any]] = []
-        self.reported = 0
+        self.repeats: list[dict[str, Any]] = []  # to be reported again
         if (saved := self.files.load()) is not None:
             self._continue(saved)
             return
@@ -153,6 +151,7 @@ class PlanTrial(tune.Trainable):
     def _continue(self, saved: Saved) -> None:
         """Go on from what was saved."""
         self.results, last = saved.results, saved.results[-1]
+        self.repeats = [dict(result) for result in saved.results]
         self.epoch, self.seconds = last["epoch"], last["seconds"]
         self.latency_ms = last["latency_ms"]
         self.measured = Evaluation(

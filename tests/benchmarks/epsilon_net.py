@@ -5,11 +5,12 @@ What `search.rungs.within_band` is measured against in `halving_rules.py`.
 
 from __future__ import annotations
 
+import moocore
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from search.farthest import farthest_first
-from search.rungs import Floats, ranks
+from search.rungs import Floats
 
 
 def within_net(costs: Floats, top1s: Floats, candidate: int, eta: float) -> bool:
@@ -45,3 +46,14 @@ def net_positions(costs: Floats, top1s: Floats) -> NDArray[np.int64]:
     positions = np.empty(len(points), dtype=np.int64)
     positions[order] = before + 1
     return positions[inverse.ravel()]
+
+
+def ranks(costs: ArrayLike, top1s: ArrayLike) -> NDArray[np.int64]:
+    """Return the non-domination rank of each point [n]: 0 on the front, 1 once that is gone, ...
+
+    Equal points share a rank (Deb et al., 2002, NSGA-II, section III.A).
+    """
+    points = np.column_stack([np.asarray(costs, float), -np.asarray(top1s, float)])
+    if not len(points):
+        return np.zeros(0, dtype=np.int64)
+    return np.asarray(moocore.pareto_rank(points), dtype=np.int64)

@@ -3,30 +3,76 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from epsilon_net import net_positions, within_net
+import pytest
+from epsilon_net import net_positions, ranks, within_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search.rungs import Floats, ranks
-
-# Few different values, so that points coincide and share a cost or an accuracy.
-GRID = st.tuples(
-    st.integers(1, 8).map(lambda value: value / 10),
-    st.integers(0, 6).map(lambda value: 70.0 + value),
+from search.rungs import Floats
+from tests.rungs import (
+    ETAS,
+    FIRST,
+    RUNGS,
+    check_first_arrivals,
+    check_order_of_arrival,
+    check_plain_halving,
 )
-RUNGS = st.lists(GRID, min_size=1, max_size=30).map(lambda rows: np.array(rows).T)
+
+
+def peeled(costs: Floats, top1s: Floats) -> list[int]:
+    """Non-domination ranks by definition, front by front."""
+    rank, left, level = [-1] * len(costs), set(range(len(costs))), 0
+    while left:
+        gone = {
+            i
+            for i in left
+            if not any(
+                costs[j] <= costs[i]
+                and top1s[j] >= top1s[i]
+                and (costs[j] < costs[i] or top1s[j] > top1s[i])
+                for j in left
+            )
+        }
+        for i in gone:
+            rank[i] = level
+        left, level = left - gone, level + 1
+    return rank
+
+
+def test_rank_is_not_sort_order() -> None:
+    # Unsorted, and no permutation that is its own inverse.
+    costs, top1s = np.array([0.2, 0.3, 0.1, 0.4]), np.array([70.0, 60.0, 75.0, 80.0])
+    assert ranks(costs, top1s).tolist() == [1, 2, 0, 0]
+
+
+def test_no_points_have_no_ranks() -> None:
+    assert ranks([], []).tolist() == []
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=30), st.sampled_from([1.5, 2.0, 3.0]))
+@given(RUNGS)
+def test_ranks_are_those_of_fronts_peeled_one_by_one(rung: Floats) -> None:
+    costs, top1s = rung
+    assert ranks(costs, top1s).tolist() == peeled(costs, top1s)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rung=RUNGS, eta=ETAS, data=st.data())
+def test_the_order_of_arrival_does_not_matter(
+    rung: Floats, eta: float, data: st.DataObject
+) -> None:
+    check_order_of_arrival(within_net, rung, eta, data)
+
+
+@pytest.mark.parametrize(("eta", "passing"), FIRST)
+def test_the_first_eta_arrivals_pass(eta: float, passing: int) -> None:
+    check_first_arrivals(within_net, eta, passing)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=30), ETAS)
 def test_at_one_cost_it_is_plain_halving(values: list[int], eta: float) -> None:
-    top1s = np.array(values, dtype=float)
-    costs = np.full(len(values), 0.5)
-    for i, value in enumerate(values):
-        position = 1 + sum(other > value for other in values)
-        assert within_net(costs, top1s, i, eta) == (
-            len(values) <= eta or position <= len(values) / eta
-        )
+    check_plain_halving(within_net, values, eta)
 
 
 def test_net_positions_by_hand() -> None:
@@ -46,7 +92,7 @@ def test_net_positions_by_hand() -> None:
 @given(RUNGS)
 def test_net_positions_put_better_ranks_first(rung: Floats) -> None:
     costs, top1s = rung
-    positions, rank = net_positions(costs, top1s), ranks(costs, top1s)
+    positions, rank = net_positions(costs, top1s), np.array(peeled(costs, top1s))
     for i in range(len(costs)):
         assert positions[i] > (rank < rank[i]).sum()
         assert positions[i] <= (rank <= rank[i]).sum()

@@ -13,18 +13,17 @@ from search.rungs import (
     Floats,
     bracket_of,
     bracket_weights,
-    ranks,
     trend,
     within_band,
 )
-
-# Few different values, so that points coincide and share a cost or an accuracy.
-GRID = st.tuples(
-    st.integers(1, 8).map(lambda value: value / 10),
-    st.integers(0, 6).map(lambda value: 70.0 + value),
+from tests.rungs import (
+    ETAS,
+    FIRST,
+    RUNGS,
+    check_first_arrivals,
+    check_order_of_arrival,
+    check_plain_halving,
 )
-RUNGS = st.lists(GRID, min_size=1, max_size=30).map(lambda rows: np.array(rows).T)
-ETAS = st.sampled_from([1.5, 2.0, 2.5, 3.0, 4.0])
 
 
 def random_rung(n: int, seed: int) -> tuple[Floats, Floats]:
@@ -32,26 +31,6 @@ def random_rung(n: int, seed: int) -> tuple[Floats, Floats]:
     generator = np.random.default_rng(seed)
     costs = generator.uniform(0.3, 0.8, n)
     return costs, 76 + 10 * np.log(costs) - generator.exponential(2.0, n)
-
-
-def peeled(costs: Floats, top1s: Floats) -> list[int]:
-    """Non-domination ranks by definition, front by front."""
-    rank, left, level = [-1] * len(costs), set(range(len(costs))), 0
-    while left:
-        gone = {
-            i
-            for i in left
-            if not any(
-                costs[j] <= costs[i]
-                and top1s[j] >= top1s[i]
-                and (costs[j] < costs[i] or top1s[j] > top1s[i])
-                for j in left
-            )
-        }
-        for i in gone:
-            rank[i] = level
-        left, level = left - gone, level + 1
-    return rank
 
 
 def test_brackets_start_in_the_proportions_of_hyperband() -> None:
@@ -82,55 +61,23 @@ def test_any_run_of_trials_is_spread_in_proportion(
     assert np.abs(got - count * weights).max() <= 3  # drawn at random: up to 3 sqrt(count) / 2
 
 
-def test_rank_is_not_sort_order() -> None:
-    # Unsorted, and no permutation that is its own inverse.
-    costs, top1s = np.array([0.2, 0.3, 0.1, 0.4]), np.array([70.0, 60.0, 75.0, 80.0])
-    assert ranks(costs, top1s).tolist() == [1, 2, 0, 0]
-
-
-def test_no_points_have_no_ranks() -> None:
-    assert ranks([], []).tolist() == []
-
-
-@settings(max_examples=60, deadline=None)
-@given(RUNGS)
-def test_ranks_are_those_of_fronts_peeled_one_by_one(rung: Floats) -> None:
-    costs, top1s = rung
-    assert ranks(costs, top1s).tolist() == peeled(costs, top1s)
-
-
 @settings(max_examples=60, deadline=None)
 @given(rung=RUNGS, eta=ETAS, data=st.data())
 def test_the_order_of_arrival_does_not_matter(
     rung: Floats, eta: float, data: st.DataObject
 ) -> None:
-    costs, top1s = rung
-    order = np.array(data.draw(st.permutations(range(len(costs)))))
-    decided = [within_band(costs, top1s, i, eta) for i in range(len(costs))]
-    shuffled = [within_band(costs[order], top1s[order], i, eta) for i in range(len(costs))]
-    assert shuffled == [decided[i] for i in order]
-    assert any(decided)  # somebody may always go on
-    equal = {point: decided[i] for i, point in enumerate(zip(costs, top1s, strict=True))}
-    assert decided == [equal[point] for point in zip(costs, top1s, strict=True)]
+    check_order_of_arrival(within_band, rung, eta, data)
 
 
-@pytest.mark.parametrize(("eta", "passing"), [(2.0, 2), (2.5, 2), (3.0, 3), (4.0, 4)])
+@pytest.mark.parametrize(("eta", "passing"), FIRST)
 def test_the_first_eta_arrivals_pass(eta: float, passing: int) -> None:
-    # Each is worse and dearer than all before.
-    costs, top1s = np.array([0.3, 0.4, 0.5, 0.6, 0.7]), np.array([75.0, 74.0, 73.0, 72.0, 71.0])
-    decided = [within_band(costs[:n], top1s[:n], n - 1, eta) for n in range(1, 6)]
-    assert decided == [True] * passing + [False] * (5 - passing)
+    check_first_arrivals(within_band, eta, passing)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=30), ETAS)
 def test_at_one_cost_it_is_plain_halving(values: list[int], eta: float) -> None:
-    top1s = np.array(values, dtype=float)
-    costs = np.full(len(values), 0.5)
-    for i, value in enumerate(values):
-        position = 1 + sum(other > value for other in values)
-        expected = len(values) <= eta or position <= len(values) / eta
-        assert within_band(costs, top1s, i, eta) == expected
+    check_plain_halving(within_band, values, eta)
 
 
 def test_the_cheapest_result_passes_however_bad() -> None:
