@@ -564,7 +564,8 @@ def test_the_study_is_copied_for_the_dashboard(searcher, tmp_path: Path) -> None
     assert [t.values for t in study.trials] == [*(t.values for t in known[:3]), None]
     states = [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED]
     assert [t.state for t in study.trials] == states
-    assert [t.constraints for t in study.trials[:3]] == [{"max_drop": -1.0}] * 2 + [{}]
+    constraints = [{"max_drop": -1.0}, {"max_drop": -1.0}, {}, {"max_drop": -50.0}]
+    assert [t.constraints for t in study.trials] == constraints
     assert {t.number for t in study.best_trials} <= {0, 1}  # the stopped one is none of them
     assert study.directions == one.study.directions
     assert study.user_attrs == {"objectives": ["val_top1", "cost_ratio"]}
