@@ -5,7 +5,7 @@
 Trials are made up (`simulated.py`), with the plans of the sample sweep, four at once, three epochs
 each, with MO-ASHA, and MLflow in SQLite. Up to `--ray` trials, Ray Tune itself runs them. Up to
 `--trials`, searcher, scheduler, recorder and MLflow are fed directly, in the order in which Ray
-2.60 calls them: that leaves out Ray's own work, and the hour that it would take. A row covers the
+2.60 calls them: that leaves out Ray's own work. A row covers the
 trials since the row before; the first, in which libraries load, is left out of the comparison.
 
 Milliseconds are the driver's processor time, which other processes disturb less than the clock;
