@@ -15,6 +15,7 @@ import importlib
 import pkgutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -109,10 +110,11 @@ class ReducesTokens(Protocol):
         """Put reducers into the blocks of a model; weights are loaded afterwards."""
 
 
-def method_names() -> list[str]:
+@cache
+def method_names() -> tuple[str, ...]:
     """Names of the methods that exist: the files of `pruners/methods/`."""
     package = importlib.import_module("pruners.methods")
-    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(package.__path__)))
 
 
 def load_method(name: str, **options: Any) -> Pruner:

@@ -8,16 +8,17 @@ objectives (Schmucker et al., 2021, arXiv:2106.12639). Who is among the best is 
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from ray import tune
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import FIFOScheduler
 
+from search.in_order import InOrder
 from search.milestones import milestones
-from search.rungs import bracket_of, bracket_weights, within_band
+from search.rungs import Floats, bracket_of, bracket_weights, within_band
 
 NEVER_STOPPED = ("dense", "ladder", "confirm", "final")
 """Origins of trials that run to their end; they are not compared with any other either.
@@ -39,7 +40,39 @@ class RungResult:
     passed: bool
 
 
-class MoAsha(FIFOScheduler):
+class Rung:
+    """Results of one epoch in one bracket.
+
+    Attributes:
+        results: Trial -> result, in the order in which they came.
+        passed: How many of them went on.
+    """
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self.results: dict[str, RungResult] = {}
+        self.passed = 0
+        self._places: dict[str, int] = {}
+        self._values = np.empty((2, 16))  # costs and top-1, with room for more
+
+    def add(self, result: RungResult) -> None:
+        """Take a result of a trial that has none here."""
+        place = len(self.results)
+        if place == self._values.shape[1]:  # twice the room, so that adding costs the same always
+            self._values = np.concatenate([self._values, np.empty_like(self._values)], axis=1)
+        self._values[:, place] = result.cost_ratio, result.val_top1
+        self.results[result.trial], self._places[result.trial] = result, place
+        self.passed += result.passed
+
+    def counted(self, failed: Set[str], cost: float, top1: float) -> tuple[Floats, Floats]:
+        """Return costs and top-1 of all but failed trials, and of one more that comes last."""
+        values = self._values[:, : len(self.results)]
+        out = [self._places[trial] for trial in failed if trial in self._places]
+        costs, top1s = np.append(np.delete(values, out, axis=1), [[cost], [top1]], axis=1)
+        return costs, top1s
+
+
+class MoAsha(InOrder):
     """Lets a trial go on past a rung if it is among the best 1/eta there.
 
     A trial's bracket follows from its name alone. Brackets share no rung: later ones hedge against
@@ -66,8 +99,8 @@ class MoAsha(FIFOScheduler):
         self.eta = eta
         self.milestones = milestones(epochs, first, eta)
         self.weights = bracket_weights(len(self.milestones), eta, brackets)
-        self.rungs: dict[tuple[int, int], dict[str, RungResult]] = {
-            (bracket, epoch): {}
+        self.rungs = {
+            (bracket, epoch): Rung()
             for bracket in range(brackets)
             for epoch in self.milestones[bracket:]
         }
@@ -112,7 +145,7 @@ class MoAsha(FIFOScheduler):
     def debug_string(self) -> str:
         """Return the rungs in a line: how many came, and how many of them went on."""
         rungs = [
-            f"{bracket}/{epoch}: {sum(r.passed for r in rung.values())} of {len(rung)}"
+            f"{bracket}/{epoch}: {rung.passed} of {len(rung.results)}"
             for (bracket, epoch), rung in self.rungs.items()
         ]
         return (
@@ -121,7 +154,8 @@ class MoAsha(FIFOScheduler):
 
     def state(self) -> dict[str, Any]:
         """Return what must outlive the process, as JSON values."""
-        results = [asdict(result) for rung in self.rungs.values() for result in rung.values()]
+        rungs = self.rungs.values()
+        results = [asdict(result) for rung in rungs for result in rung.results.values()]
         return {"results": results, "failed": sorted(self.failed)}
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -130,7 +164,7 @@ class MoAsha(FIFOScheduler):
         Raises:
             ValueError: If it holds a rung that this scheduler has not.
         """
-        rungs: dict[tuple[int, int], dict[str, RungResult]] = {key: {} for key in self.rungs}
+        rungs = {key: Rung() for key in self.rungs}
         for values in state["results"]:
             result = RungResult(**values)
             if (result.bracket, result.epoch) not in rungs:
@@ -138,7 +172,7 @@ class MoAsha(FIFOScheduler):
                     f"trial {result.trial} came to epoch {result.epoch} in bracket "
                     f"{result.bracket}, which is no rung; give the settings of the saved run"
                 )
-            rungs[result.bracket, result.epoch][result.trial] = result
+            rungs[result.bracket, result.epoch].add(result)
         self.rungs, self.failed = rungs, set(state["failed"])
 
     def _end(self, name: str, result: dict[str, Any]) -> None:
@@ -149,28 +183,26 @@ class MoAsha(FIFOScheduler):
         """Whether a trial goes on; at a rung, its result is recorded the first time it comes."""
         bracket = bracket_of(int(name), self.weights)
         rung = self.rungs.get((bracket, result["epoch"]))
-        if rung is not None and name not in rung:
-            rung[name] = RungResult(
-                trial=name,
-                bracket=bracket,
-                epoch=result["epoch"],
-                cost_ratio=float(result["cost_ratio"]),
-                val_top1=float(result["val_top1"]),
-                passed=self._among_best(rung, result),
+        if rung is not None and name not in rung.results:
+            cost, top1 = float(result["cost_ratio"]), float(result["val_top1"])
+            costs, top1s = rung.counted(self.failed, cost, top1)
+            rung.add(
+                RungResult(
+                    trial=name,
+                    bracket=bracket,
+                    epoch=result["epoch"],
+                    cost_ratio=cost,
+                    val_top1=top1,
+                    passed=within_band(costs, top1s, len(costs) - 1, self.eta),
+                )
             )
         # A trial may come past the rung that stopped it: Ray forgets a stop that it has not carried
         # out when a process dies, and the trial's checkpoint may be of that very epoch.
         return all(
-            self.rungs[bracket, epoch][name].passed
+            self.rungs[bracket, epoch].results[name].passed
             for epoch in self.milestones[bracket:]
-            if epoch <= result["epoch"] and name in self.rungs[bracket, epoch]
+            if epoch <= result["epoch"] and name in self.rungs[bracket, epoch].results
         )
-
-    def _among_best(self, rung: dict[str, RungResult], result: dict[str, Any]) -> bool:
-        others = [r for r in rung.values() if r.trial not in self.failed]
-        costs = np.array([*(r.cost_ratio for r in others), result["cost_ratio"]], dtype=float)
-        top1s = np.array([*(r.val_top1 for r in others), result["val_top1"]], dtype=float)
-        return within_band(costs, top1s, len(others), self.eta)
 
 
 class RungState(tune.Callback):

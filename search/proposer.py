@@ -80,12 +80,15 @@ class Proposer:
         sweep: The sweep.
         space: Its space.
         earlier: Parameters of an earlier sweep's front, which are tried right after the ladder.
+        told: What came of all feasible proposals of full length.
+        front: Those of them that no other beats, cheapest first.
     """
 
     sweep: Sweep
     space: Space
     earlier: Sequence[Parameters] = ()
     told: list[Told] = field(default_factory=list)
+    front: list[Told] = field(default_factory=list)
     asked: dict[str, _Asked] = field(default_factory=dict)
     ended: dict[str, _Ended] = field(default_factory=dict)
     known: dict[str, str] = field(default_factory=dict)
@@ -172,23 +175,18 @@ class Proposer:
         self.ended[name] = ended
         if ended.feasible and not stopped:
             self.told.append(Told(name=name, proposal=asked.proposal, top1=top1, cost=cost))
+            # What a member beats is beaten for good, so that no other need be compared again.
+            self.front = _best([*self.front, self.told[-1]])
         self._complete(asked.trial, ended)
 
     def fail(self, name: str) -> None:
         """Tell that a proposal has come to nothing."""
         self.tell(name, math.nan, math.nan)
 
-    def front(self) -> list[Told]:
-        """Return what no other beats, cheapest first."""
-        best = pareto.front([t.cost for t in self.told], [t.top1 for t in self.told])
-        members = [told for told, keeps in zip(self.told, best, strict=True) if keeps]
-        return sorted(members, key=lambda told: told.cost)
-
     def _changed_member(self) -> Parameters:
         """Return a front member's parameters, site by site, changed a little at some places."""
-        members = self.front()
         budget = self.rng.uniform(self.space.low, self.space.high)
-        near = min(members, key=lambda told: abs(told.cost - budget))
+        near = min(self.front, key=lambda told: abs(told.cost - budget))
         parameters = dict(near.proposal.parameters)
         if set(parameters) != {*self.finer.ranges(), *self.finer.choices()}:
             parameters = self.space.by_site(parameters)
@@ -232,6 +230,11 @@ class Proposer:
     def _end(self, trial: optuna.Trial | None, state: TrialState) -> None:
         if trial is not None:
             self.study.tell(trial, state=state)
+
+
+def _best(told: Sequence[Told]) -> list[Told]:
+    best = pareto.front([t.cost for t in told], [t.top1 for t in told])
+    return sorted((t for t, keeps in zip(told, best, strict=True) if keeps), key=lambda t: t.cost)
 
 
 def _identity(proposal: Proposal, dense: ViTShape) -> str:

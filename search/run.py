@@ -36,14 +36,18 @@ def run(sweep: Sweep, stream: TextIO) -> None:
 
 
 def connect() -> None:
-    """Connect to the cluster that RAY_ADDRESS names, or start Ray on this machine."""
+    """Connect to the cluster that RAY_ADDRESS names, or start Ray on this machine.
+
+    What workers print stays in Ray's logs: why a trial failed is reported by name, and the rest is
+    what processes say that are told to end, which reads like an error and is none.
+    """
     import ray
 
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING)
+        ray.init(logging_level=logging.WARNING, log_to_driver=False)
     else:
         ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
 

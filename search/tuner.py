@@ -15,6 +15,7 @@ from ray.tune import ResumeConfig
 from pruners import PrunableViT
 from pruners.learned import Learned
 from search.elastic import ElasticStart, tune_elastic
+from search.in_order import InOrder
 from search.learning import LearningRun, learn_all
 from search.moasha import MoAsha, RungState
 from search.progress import Progress, front_line
@@ -199,7 +200,7 @@ def run_trials(
 ) -> None:
     """Let Ray Tune run the trials."""
     sweep = inputs.sweep
-    scheduler, callbacks = None, [recorder]
+    scheduler, callbacks = InOrder(), [recorder]
     if sweep.halving is not None:
         scheduler = MoAsha(epochs=sweep.epochs, **sweep.halving.model_dump())
         callbacks.append(RungState(scheduler))

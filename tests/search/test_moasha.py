@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
-from search.moasha import MoAsha, RungState
+from search.moasha import MoAsha, Rung, RungResult, RungState
 from search.pareto import front, hypervolume
 from search.rungs import Floats, bracket_of
 
@@ -40,7 +42,7 @@ def report(scheduler: MoAsha, name: str, epoch: int, top1: float, cost: float = 
 
 def at_rung(scheduler: MoAsha, epoch: int, bracket: int = 0) -> dict[str, tuple[float, bool]]:
     rung = scheduler.rungs[bracket, epoch]
-    return {name: (r.val_top1, r.passed) for name, r in rung.items()}
+    return {name: (r.val_top1, r.passed) for name, r in rung.results.items()}
 
 
 def test_the_best_of_a_rung_go_on() -> None:
@@ -62,7 +64,7 @@ def test_results_between_rungs_decide_nothing() -> None:
     for epoch in (0, 2, 4, 5, 8, 9):
         for i in range(6):
             assert report(scheduler, f"{i:04d}", epoch, 70.0 - i) == CONTINUE
-    assert scheduler.rungs == {(0, 1): {}, (0, 3): {}}
+    assert {key: rung.results for key, rung in scheduler.rungs.items()} == {(0, 1): {}, (0, 3): {}}
 
 
 def test_a_trial_is_counted_once_and_hears_the_same_again() -> None:
@@ -86,6 +88,23 @@ def test_a_stopped_trial_that_comes_past_its_rung_is_stopped() -> None:
     assert report(scheduler, "0001", 3, 99.0) == STOP
     # A trial that has to repeat epochs before the rung that stopped it comes to that rung again.
     assert report(scheduler, "0001", 0, 20.0) == CONTINUE
+
+
+@given(
+    results=st.lists(st.tuples(st.floats(0.1, 1.0), st.floats(0.0, 100.0)), max_size=80),
+    failed=st.sets(st.integers(0, 90)),
+)
+def test_a_rung_counts_all_but_failed_trials(
+    results: list[tuple[float, float]], failed: set[int]
+) -> None:
+    rung = Rung()
+    for i, (cost, top1) in enumerate(results):
+        values = {"bracket": 0, "epoch": 1, "passed": i % 3 == 0}
+        rung.add(RungResult(trial=f"{i:04d}", cost_ratio=cost, val_top1=top1, **values))
+    costs, top1s = rung.counted({f"{i:04d}" for i in failed}, 0.5, 70.0)
+    counted = [r for i, r in enumerate(results) if i not in failed]
+    assert [*zip(costs, top1s, strict=True)] == [*counted, (0.5, 70.0)]
+    assert rung.passed == len(results[::3])
 
 
 @pytest.mark.parametrize("origin", ["dense", "ladder", "confirm", "final"])
@@ -351,7 +370,7 @@ import numpy as np
 import ray
 from ray import tune
 
-from search.moasha import MoAsha, RungState
+from search.moasha import MoAsha, Rung, RungResult, RungState
 
 folder, die_after = Path(sys.argv[1]), int(sys.argv[2])
 

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 from pruners import ViTShape, cost_of, load_method
@@ -298,9 +300,24 @@ def test_what_violates_a_constraint_is_not_on_the_front(proposer) -> None:
     p.tell("0003", 40.0, 0.6, {"max_params": -2.0, "max_drop": -1.0})
     p.tell("0004", 50.0, 0.8, {"max_params": -2.0, "max_drop": -1.0})
     p.tell("0005", 55.0, 0.65, {"max_params": -2.0, "max_drop": -1.0}, stopped=True)
-    assert [t.name for t in p.front()] == ["0003", "0002"]
+    assert [t.name for t in p.front] == ["0003", "0002"]
     assert told_to_optuna(p)[0].constraints == {"max_params": 3.0, "max_drop": -1.0}
     assert [t.number for t in p.study.best_trials] == [1, 2, 4]  # Optuna agrees, but for the last
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=12))
+def test_the_front_is_what_none_of_all_that_was_told_beats(
+    proposer, points: list[tuple[int, int]]
+) -> None:
+    p = proposer()
+    asked(p, len(points))
+    for i, (cost, top1) in enumerate(points, start=1):
+        p.tell(f"{i:04d}", 10.0 * top1, cost / 10.0)
+    best = pareto.front([t.cost for t in p.told], [t.top1 for t in p.told])
+    expected = {t.name for t, keeps in zip(p.told, best, strict=True) if keeps}
+    assert {t.name for t in p.front} == expected
+    assert [t.cost for t in p.front] == sorted(t.cost for t in p.front)
 
 
 # The last trials vary the front site by site.
@@ -329,7 +346,7 @@ def test_refined_plans_lie_near_the_front(proposer) -> None:
     finer = p.finer
     before, after, changed = [], [], []
     for i in range(24, 40):
-        members = p.front()
+        members = p.front
         origin, proposal = p.ask(f"{i:04d}", i)
         assert origin == "refined"
         parameters, ranges = proposal.parameters, finer.ranges()
@@ -357,7 +374,7 @@ def test_refined_plans_lie_near_the_front(proposer) -> None:
     # What is changed stays near: the mean distance is 0.8 standard deviations of 0.15.
     assert 0.09 < np.mean(np.abs(np.subtract(after, before))) < 0.16
     assert np.polyfit(before, after, 1)[0] == pytest.approx(1.0, abs=0.25)
-    assert any(t.name >= "0024" for t in p.front())  # refined ones are themselves refined
+    assert any(t.name >= "0024" for t in p.front)  # refined ones are themselves refined
 
 
 def test_refined_plans_are_not_optunas_but_their_results_count(proposer) -> None:
@@ -371,7 +388,7 @@ def test_refined_plans_are_not_optunas_but_their_results_count(proposer) -> None
     p.tell("0017", 99.5, 0.4, {"max_drop": 1.0})
     assert len(told_to_optuna(p)) == before
     assert [t.name for t in p.told][-2:] == ["0013", "0014"]
-    assert p.front()[0].name == "0014"
+    assert p.front[0].name == "0014"
     assert p.asked == {}
 
 
@@ -395,7 +412,7 @@ def test_a_learner_stays_what_it_is_when_a_plan_is_refined(shape: ViTShape) -> N
     for i in range(10, 16):
         origin, proposal = p.ask(f"{i:04d}", i)
         budget = proposal.parameters["budget"]
-        member = min(p.front(), key=lambda t: abs(t.cost - budget))
+        member = min(p.front, key=lambda t: abs(t.cost - budget))
         assert origin == "refined"
         assert proposal.parameters["learner"] == member.proposal.parameters["learner"]
 
@@ -416,7 +433,7 @@ def test_saved_it_goes_on_the_same_way(sampler: str, done: int, proposer) -> Non
     assert list(map(outcome, told_to_optuna(again))) == list(map(outcome, told_to_optuna(p)))
     expected = searched(p, 4, start=done + 3)
     assert searched(again, 4, start=done + 3) == expected
-    assert again.front() == p.front()
+    assert again.front == p.front
 
 
 def test_saved_a_gaussian_process_goes_on_the_same_way(proposer) -> None:
@@ -465,4 +482,4 @@ def test_searching_beats_drawing_at_random(seed: int, proposer) -> None:
     drawn = proposer(trials=41, ladder=0, refine=0.0, seed=seed)
     searched(search, 40)
     searched(drawn, 40)
-    assert area(search.front()) > area(drawn.front())
+    assert area(search.front) > area(drawn.front)

@@ -263,7 +263,7 @@ def test_what_violates_a_constraint_is_not_trained_again(
     end(one, "t0", 80.0)
     end(one, "t1", **{"top1": 79.0, "params": 9e5, **figures})
     end(one, "t2", **{"top1": 78.5, "params": 9e5})
-    assert [t.name for t in one.proposer.front()] == ["0002"]
+    assert [t.name for t in one.proposer.front] == ["0002"]
     assert [len(t.constraints) for t in one.study.get_trials()[:2]] == [1, 1]
     assert one.suggest("t3")["of"] == "0002"
     assert one.suggest("t4") == "FINISHED"
@@ -378,7 +378,7 @@ def test_where_no_confirmation_ends_well_the_search_decides(searcher) -> None:
     end(one, "t0", 80.0)
     end(one, "t1", 70.0)
     end(one, "t2", 71.0)
-    front = [t.name for t in one.proposer.front()]
+    front = [t.name for t in one.proposer.front]
     again: list[dict] = []
     while isinstance(config := one.suggest(f"t{3 + len(again)}"), dict):
         one.on_trial_complete(f"t{3 + len(again)}", None, error=True)
