@@ -56,7 +56,6 @@ class Arm:
         told: What the sampler is told of a stopped trial: the top-1 that it had "reached", what it
             would have come to ("extrapolated"), or "nothing".
         most: Trials at most, where a sampler is too slow for more.
-        seeds: Seeds at most.
     """
 
     space: str = "residual"
@@ -64,11 +63,10 @@ class Arm:
     population: int | None = None
     told: str = "reached"
     most: int = 1_000_000
-    seeds: int = 1_000_000
 
 
 def arm(sampler: str, space: str = "residual", refine: float = 0.0, **more: str | int) -> Arm:
-    limits = {key: int(more.pop(key)) for key in ("most", "seeds", "population") if key in more}
+    limits = {key: int(more.pop(key)) for key in ("most", "population") if key in more}
     told = str(more.pop("told", "reached"))
     settings = {"sampler": f'"{sampler}"', "refine": str(refine)}
     return Arm(
@@ -76,7 +74,6 @@ def arm(sampler: str, space: str = "residual", refine: float = 0.0, **more: str 
     )
 
 
-GP = {"most": 200, "seeds": 3}
 FROM_0, FROM_1 = "{first=0, eta=3.0}", "{first=1, eta=3.0}"
 ARMS = {
     "uniform ladder": Arm(space="ladder"),
@@ -91,7 +88,7 @@ ARMS = {
     "NSGA-II 20": arm("nsga2"),
     "NSGA-II 50": arm("nsga2", population=50),
     "NSGA-III 20": arm("nsga3"),
-    "GP": arm("gp", **GP),
+    "GP": arm("gp", most=200),
     "TPE, ladder 5": arm("tpe", ladder=5),
     "TPE, ladder 17": arm("tpe", ladder=17),
     "TPE, refined 0.3": arm("tpe", refine=0.3),
@@ -320,9 +317,7 @@ def main() -> None:
     if kept.exists():
         rows = map(json.loads, kept.read_text().splitlines())
         done = {tuple(row["key"]): [Trial(*t) for t in row["trials"]] for row in rows}
-    wanted = [
-        (name, seed) for seed in range(args.seeds) for name in args.arms if seed < ARMS[name].seeds
-    ]
+    wanted = [(name, seed) for seed in range(args.seeds) for name in args.arms]
     with ProcessPoolExecutor(args.jobs) as pool, kept.open("a") as file:
         start = time.time()
         pending = {
