@@ -2,21 +2,20 @@
 
 Asynchronous successive halving (Li et al., 2020, arXiv:1810.05934) in its stopping variant, for two
 objectives (Schmucker et al., 2021, arXiv:2106.12639). Who is among the best is decided in
-`search.rungs`; here is what Ray calls, and what must outlive it.
+`search.rungs`; here is what Ray calls.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Set
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence, Set
 from typing import Any
 
 import numpy as np
-from ray import tune
 from ray.tune.experiment import Trial
 
 from search.in_order import InOrder
+from search.ledger import Event
 from search.milestones import milestones
 from search.rungs import Floats, bracket_of, bracket_weights, within_band
 
@@ -28,45 +27,30 @@ very plans that the search has to beat, and against them nearly all others.
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class RungResult:
-    """What a trial reported when it reached a rung, and whether it was let on."""
-
-    trial: str
-    bracket: int
-    epoch: int
-    cost_ratio: float  # share of the dense model's cost
-    val_top1: float  # percent
-    passed: bool
-
-
 class Rung:
     """Results of one epoch in one bracket.
 
     Attributes:
-        results: Trial -> result, in the order in which they came.
-        passed: How many of them went on.
+        passed: Trial -> whether it was let on, in the order in which they came.
     """
 
     def __init__(self) -> None:
         """Begin with none."""
-        self.results: dict[str, RungResult] = {}
-        self.passed = 0
+        self.passed: dict[str, bool] = {}
         self._places: dict[str, int] = {}
         self._values = np.empty((2, 16))  # costs and top-1, with room for more
 
-    def add(self, result: RungResult) -> None:
-        """Take a result of a trial that has none here."""
-        place = len(self.results)
+    def add(self, trial: str, cost: float, top1: float, *, passed: bool) -> None:
+        """Take the result of a trial that has none here."""
+        place = len(self.passed)
         if place == self._values.shape[1]:  # twice the room, so that adding costs the same always
             self._values = np.concatenate([self._values, np.empty_like(self._values)], axis=1)
-        self._values[:, place] = result.cost_ratio, result.val_top1
-        self.results[result.trial], self._places[result.trial] = result, place
-        self.passed += result.passed
+        self._values[:, place] = cost, top1
+        self.passed[trial], self._places[trial] = passed, place
 
     def counted(self, failed: Set[str], cost: float, top1: float) -> tuple[Floats, Floats]:
         """Return costs and top-1 of all but failed trials, and of one more that comes last."""
-        values = self._values[:, : len(self.results)]
+        values = self._values[:, : len(self.passed)]
         out = [self._places[trial] for trial in failed if trial in self._places]
         costs, top1s = np.append(np.delete(values, out, axis=1), [[cost], [top1]], axis=1)
         return costs, top1s
@@ -79,8 +63,8 @@ class MoAsha(InOrder):
     early results that mislead, so their trials must not compete with survivors of these.
 
     What was decided stands: a trial that comes to a rung again, because its process died or the
-    sweep was continued, hears what it heard before. Ray does not save schedulers; `RungState`
-    does it.
+    sweep was continued, hears what it heard before. What earlier drivers decided follows from the
+    sweep's ledger (`repeat`): results are compared in the order in which they came.
     """
 
     def __init__(self, *, epochs: int, first: int, eta: float, brackets: int) -> None:
@@ -128,15 +112,7 @@ class MoAsha(InOrder):
         Raises:
             ValueError: If a value that is needed is missing, or not finite in a running trial.
         """
-        config = trial.config
-        if config["origin"] in NEVER_STOPPED:
-            return self.CONTINUE
-        check_result(config["trial"], result)
-        if result["status"] != "running":  # it ends by itself
-            self._end(config["trial"], result)
-            return self.CONTINUE
-        passes = self._passes(config["trial"], result)
-        return self.CONTINUE if passes else self.STOP
+        return self.CONTINUE if self._goes_on(trial.config, result) else self.STOP
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         """Count a trial no more if it ended because it failed."""
@@ -145,35 +121,32 @@ class MoAsha(InOrder):
     def debug_string(self) -> str:
         """Return the rungs in a line: how many came, and how many of them went on."""
         rungs = [
-            f"{bracket}/{epoch}: {rung.passed} of {len(rung.results)}"
+            f"{bracket}/{epoch}: {sum(rung.passed.values())} of {len(rung.passed)}"
             for (bracket, epoch), rung in self.rungs.items()
         ]
         return (
             f"MO-ASHA, bracket/epoch: {', '.join(rungs) or 'no rungs'}; {len(self.failed)} failed"
         )
 
-    def state(self) -> dict[str, Any]:
-        """Return what must outlive the process, as JSON values."""
-        rungs = self.rungs.values()
-        results = [asdict(result) for rung in rungs for result in rung.results.values()]
-        return {"results": results, "failed": sorted(self.failed)}
+    def repeat(self, events: Sequence[Event]) -> None:
+        """Decide again what earlier drivers decided."""
+        configs: dict[str, dict[str, Any]] = {}
+        for event in events:
+            if event["event"] == "asked":
+                configs[event["config"]["trial"]] = event["config"]
+            elif event["event"] == "epoch":
+                self._goes_on(configs[event["result"]["trial"]], event["result"])
+            elif event["event"] == "ended":
+                self._end(event["trial"], event)
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from what `state` returned.
-
-        Raises:
-            ValueError: If it holds a rung that this scheduler has not.
-        """
-        rungs = {key: Rung() for key in self.rungs}
-        for values in state["results"]:
-            result = RungResult(**values)
-            if (result.bracket, result.epoch) not in rungs:
-                raise ValueError(
-                    f"trial {result.trial} came to epoch {result.epoch} in bracket "
-                    f"{result.bracket}, which is no rung; give the settings of the saved run"
-                )
-            rungs[result.bracket, result.epoch].add(result)
-        self.rungs, self.failed = rungs, set(state["failed"])
+    def _goes_on(self, config: dict[str, Any], result: dict[str, Any]) -> bool:
+        if config["origin"] in NEVER_STOPPED:
+            return True
+        check_result(config["trial"], result)
+        if result["status"] != "running":  # it ends by itself
+            self._end(config["trial"], result)
+            return True
+        return self._passes(config["trial"], result)
 
     def _end(self, name: str, result: dict[str, Any]) -> None:
         if result.get("status") == "failed":
@@ -183,42 +156,18 @@ class MoAsha(InOrder):
         """Whether a trial goes on; at a rung, its result is recorded the first time it comes."""
         bracket = bracket_of(int(name), self.weights)
         rung = self.rungs.get((bracket, result["epoch"]))
-        if rung is not None and name not in rung.results:
+        if rung is not None and name not in rung.passed:
             cost, top1 = float(result["cost_ratio"]), float(result["val_top1"])
             costs, top1s = rung.counted(self.failed, cost, top1)
-            rung.add(
-                RungResult(
-                    trial=name,
-                    bracket=bracket,
-                    epoch=result["epoch"],
-                    cost_ratio=cost,
-                    val_top1=top1,
-                    passed=within_band(costs, top1s, len(costs) - 1, self.eta),
-                )
-            )
+            passed = within_band(costs, top1s, len(costs) - 1, self.eta)
+            rung.add(name, cost, top1, passed=passed)
         # A trial may come past the rung that stopped it: Ray forgets a stop that it has not carried
-        # out when a process dies, and the trial's checkpoint may be of that very epoch.
+        # out when a process dies, and what the trial saved may be of that very epoch.
         return all(
-            self.rungs[bracket, epoch].results[name].passed
+            self.rungs[bracket, epoch].passed.get(name, True)
             for epoch in self.milestones[bracket:]
-            if epoch <= result["epoch"] and name in self.rungs[bracket, epoch].results
+            if epoch <= result["epoch"]
         )
-
-
-class RungState(tune.Callback):
-    """Carries a scheduler's rungs through Ray's snapshots of a sweep."""
-
-    def __init__(self, scheduler: MoAsha) -> None:
-        """Save and restore this scheduler."""
-        self.scheduler = scheduler
-
-    def get_state(self) -> dict[str, Any]:
-        """Return the rungs for Ray's snapshot."""
-        return self.scheduler.state()
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Continue from a snapshot."""
-        self.scheduler.load_state(state)
 
 
 def check_result(name: str, result: dict[str, Any]) -> None:

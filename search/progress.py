@@ -38,6 +38,7 @@ class Progress:
         self.ended = 0
         self.ended_before = 0  # by an earlier run of a sweep that is continued
         self.start = self.spoke = clock()
+        self.trouble = ""
 
     def learning(self, labels: list[str]) -> None:
         """Say that methods learn before the first trial, and which."""
@@ -91,8 +92,15 @@ class Progress:
         if front is not None and any(m.trial == record.trial for m in front.members):
             self._say(f"{' ' * len(self._count())} front: {front_line(front)}")
 
-    def tick(self) -> None:
-        """Print what is running if nothing was printed for a while."""
+    def tick(self, trouble: str = "") -> None:
+        """Print what is running if nothing was printed for a while.
+
+        Args:
+            trouble: Why MLflow lags behind, which is said once; empty if it does not.
+        """
+        if trouble and not self.trouble:
+            self._say(f"MLflow lags behind, trials go on: {trouble}")
+        self.trouble = trouble
         if self.clock() - self.spoke >= HEARTBEAT_S and self.running:
             busy = ", ".join(
                 f"{r.name} (epoch {r.epochs} of {self.epochs})"

@@ -7,10 +7,10 @@ import os
 from typing import TextIO
 
 from search.check import check
+from search.mlflow_runs import ui_command
 from search.progress import front_table
 from search.results import read_front
 from search.sweep import Sweep
-from search.tracking import ui_command
 
 
 def run(sweep: Sweep, stream: TextIO) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,17 +21,22 @@ from ray.tune.search import Searcher
 from pruners import Plan
 from search.again import standard_error, to_confirm, to_train_long
 from search.constraints import violations
+from search.ledger import Event, Ledger
 from search.proposer import OBJECTIVES, Proposer, Told
 from search.space import Space
 from search.space_step import Parameters
 from search.stopping import why_stop
-from search.sweep import Sweep, SweepFailedError
+from search.sweep import Sweep, SweepError, SweepFailedError
 
 Config = dict[str, Any]
 
 
 class PlanSearcher(Searcher):
     """Hands out the dense model, then what the proposer proposes, then the best ones again.
+
+    Where it had come to when an earlier driver died follows from the ledger: what it was asked and
+    told then is repeated, so that the sampler is in the same state. What was running is handed out
+    again first.
 
     Attributes:
         stopped: Why no more plans are asked for; empty as long as they are.
@@ -43,22 +47,28 @@ class PlanSearcher(Searcher):
         self,
         sweep: Sweep,
         space: Space,
+        ledger: Ledger,
         *,
         earlier: Sequence[Parameters] = (),
         val_images: int = 1_000,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Start a search.
+        """Start a search, or continue one.
 
         Args:
             sweep: The sweep.
             space: Its space.
+            ledger: The sweep's.
             earlier: Parameters of an earlier sweep's front.
             val_images: Images that top-1 is measured on, which decides what a near miss is.
             clock: Seconds.
+
+        Raises:
+            SweepError: If the ledger says that something else was proposed.
         """
         super().__init__()
         self.sweep, self.val_images, self.clock = sweep, val_images, clock
+        self.ledger = ledger
         self.proposer = Proposer(sweep=sweep, space=space, earlier=earlier)
         self.asked = 0
         self.configs: dict[str, Config] = {}  # Ray's trial id -> what runs under it
@@ -68,7 +78,9 @@ class PlanSearcher(Searcher):
         self.stopped, self.finished = "", False
         self.dense: dict[str, Any] | None = None  # result of the dense model
         self.early: list[tuple[str, dict[str, Any]]] = []  # of trials that ended before it
-        self.start, self.seconds_before = clock(), 0.0
+        self.start = clock()
+        self._repeat(ledger.past)
+        self.interrupted = list(self.configs)
 
     @property
     def study(self) -> optuna.Study:
@@ -83,10 +95,15 @@ class PlanSearcher(Searcher):
 
     def suggest(self, trial_id: str) -> Config | str | None:
         """Return the configuration of the next trial, None to wait, or that there are no more."""
-        config = self._next()
+        if self.interrupted:
+            config: Config | str | None = self.configs.pop(self.interrupted.pop(0))
+        else:
+            config = self._next()
+            if isinstance(config, dict):
+                self.ledger.ask(config)
+                self.asked += 1
         if isinstance(config, dict):
             self.configs[trial_id] = config
-            self.asked += 1
         elif config == Searcher.FINISHED:
             self.finished = True
         return config
@@ -96,34 +113,11 @@ class PlanSearcher(Searcher):
     ) -> None:
         """Take what came of a trial."""
         config = self.configs.pop(trial_id, None)
-        if config is None:  # told before
-            return
-        status = "failed" if error or result is None else result.get("status", "failed")
-        whole = result if status == "finished" else None
-        # Ray's scheduler stops trials that run, and some stop themselves.
-        measured = result if status in ("finished", "running", "stopped") else None
-        if config["origin"] == "dense":
-            self._measured(whole)
-        elif config["of"]:
-            if config["origin"] == "confirm" and whole and math.isfinite(whole["val_top1"]):
-                self.repeats.setdefault(config["of"], []).append(float(whole["val_top1"]))
-        elif measured and self.dense is not None:
-            self._tell(config["trial"], measured)
-        elif measured and any(c["origin"] == "dense" for c in self.configs.values()):
-            self.early.append((config["trial"], measured))
-        else:
-            self.proposer.fail(config["trial"])
+        if config is not None:  # else it was told before
+            self._end(config, None if error else result)
 
     def save(self, checkpoint_path: str) -> None:
-        """Save the search; Ray calls this with its own snapshot of the sweep."""
-        state = {key: getattr(self, key) for key in _STATE}
-        state["seconds_before"] = self.seconds_before + self.clock() - self.start
-        Path(checkpoint_path).write_bytes(pickle.dumps(state))
-
-    def restore(self, checkpoint_path: str) -> None:
-        """Continue from what `save` wrote."""
-        self.__dict__ |= pickle.loads(Path(checkpoint_path).read_bytes())
-        self.start, self.finished = self.clock(), False
+        """Save nothing: Ray's snapshots are not used, the ledger holds the search."""
 
     def export_study(self, path: Path) -> None:
         """Copy the study to a SQLite file, which optuna-dashboard opens.
@@ -143,20 +137,47 @@ class PlanSearcher(Searcher):
                 trial.state, trial.values = TrialState.PRUNED, None
         study.add_trials(trials)
 
+    def _repeat(self, events: Sequence[Event]) -> None:
+        """Do again what earlier drivers did."""
+        last: dict[str, dict[str, Any]] = {}  # trial -> its latest result
+        for event in events:
+            if event["event"] == "asked":
+                config, name = self._following(), event["config"]["trial"]
+                if config != event["config"]:
+                    raise SweepError(
+                        f"trial {name} of {self.sweep.directory} was proposed otherwise, by "
+                        "another version of this package or of Optuna; go on with that, or start "
+                        "another sweep from its front (start_from)"
+                    )
+                self.configs[name] = event["config"]
+                self.asked += 1
+            elif event["event"] == "epoch":
+                last[event["result"]["trial"]] = event["result"]
+            elif event["event"] == "ended":
+                failed = event["status"] == "failed"
+                result = None if failed else last.get(event["trial"])
+                self._end(self.configs.pop(event["trial"]), result)
+            elif event["event"] == "stopped":
+                self.stopped = event["why"]
+
     def _next(self) -> Config | str | None:
+        """Return the next configuration, unless it is time to stop."""
+        if self.asked and not self.stopped:
+            seconds = self.ledger.seconds + self.clock() - self.start
+            self._stop(why_stop(self.sweep, self.asked, seconds, self.proposer.told))
+        return self._following()
+
+    def _following(self) -> Config | str | None:
         name = f"{self.asked:04d}"
         if self.asked == 0:
             return _config(name, "dense", Plan(), epochs=0, cost_ratio=1.0)
-        if not self.stopped:
-            seconds = self.seconds_before + self.clock() - self.start
-            self.stopped = why_stop(self.sweep, self.asked, seconds, self.proposer.told)
         if not self.stopped:
             try:
                 return self._proposed(name)
             except SweepFailedError as error:
                 if self.asked == 1:
                     raise
-                self.stopped = str(error)  # what was found is trained again all the same
+                self._stop(str(error))  # what was found is trained again all the same
         while not self.waiting:
             if not self._later_phases():
                 return Searcher.FINISHED
@@ -164,6 +185,29 @@ class PlanSearcher(Searcher):
                 return None
             self._next_phase()
         return {**self.waiting.pop(0), "trial": name}
+
+    def _stop(self, why: str) -> None:
+        if why:
+            self.stopped = why
+            self.ledger.stop(why)
+
+    def _end(self, config: Config, result: dict[str, Any] | None) -> None:
+        """Take the last result of a trial that ended; None if it failed."""
+        status = "failed" if result is None else result.get("status", "failed")
+        whole = result if status == "finished" else None
+        # Ray's scheduler stops trials that run, and some stop themselves.
+        measured = result if status in ("finished", "running", "stopped") else None
+        if config["origin"] == "dense":
+            self._measured(whole)
+        elif config["of"]:
+            if config["origin"] == "confirm" and whole and math.isfinite(whole["val_top1"]):
+                self.repeats.setdefault(config["of"], []).append(float(whole["val_top1"]))
+        elif measured and self.dense is not None:
+            self._tell(config["trial"], measured)
+        elif measured and any(c["origin"] == "dense" for c in self.configs.values()):
+            self.early.append((config["trial"], measured))
+        else:
+            self.proposer.fail(config["trial"])
 
     def _proposed(self, name: str) -> Config:
         origin, proposal = self.proposer.ask(name, self.asked)
@@ -249,10 +293,6 @@ class PlanSearcher(Searcher):
 
 
 _TOLD = (TrialState.COMPLETE, TrialState.FAIL)
-_STATE = (
-    *("proposer", "asked", "configs", "waiting", "repeats", "phase", "stopped", "dense", "early"),
-    "seconds_before",
-)
 
 
 def _config(name: str, origin: str, plan: Plan, **values: Any) -> Config:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import TextIO
 
 import ray
 from ray import tune
-from ray.tune import ResumeConfig
 
 from pruners import PrunableViT
 from pruners.learned import Learned
 from search.elastic import ElasticStart, tune_elastic
 from search.in_order import InOrder
 from search.learning import LearningRun, learn_all
-from search.moasha import MoAsha, RungState
+from search.ledger import Ledger, writing_to
+from search.mlflow_runs import SweepRuns
+from search.moasha import MoAsha
 from search.progress import Progress, front_line
 from search.recorder import Recorder
 from search.results import (
@@ -48,6 +50,7 @@ RAY_SETTINGS = {  # environment variables
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the recorder writes what is needed
     "RAY_AIR_NEW_OUTPUT": "0",  # which prints errors whatever `verbose` says
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths of a sweep are relative to where it was started
+    "TUNE_GLOBAL_CHECKPOINT_S": "1e9",  # Ray's snapshots, which nothing reads
 }
 
 
@@ -62,21 +65,24 @@ def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) ->
     """
     concurrent = sweep.concurrency or most_trials_at_once(sweep)
     earlier = earlier_front(sweep)
-    resuming = prepare_directory(sweep)
-    tracker = Tracker.open(sweep.tracking, sweep.directory, sweep.name, sweep_toml(sweep))
+    prepare_directory(sweep)
+    ledger = Ledger(sweep)
+    runs = SweepRuns.open(sweep.tracking, sweep.directory, sweep.name, sweep_toml(sweep))
+    ledger.begin()
+    tracker = Tracker(runs, ledger.journal)
     progress = Progress(stream, trials=sweep.trials, epochs=sweep.epochs)
-    space = with_learned(sweep, dense, space, tracker, progress)
-    start = elastic_start(sweep, dense, space, tracker, progress)
-    recorder = Recorder(sweep, tracker, progress, resuming=resuming)
-    searcher = PlanSearcher(sweep, space, earlier=earlier, val_images=val_images(sweep))
+    space = with_learned(sweep, dense, space, ledger, progress)
+    start = elastic_start(sweep, dense, space, ledger, progress)
+    searcher = PlanSearcher(sweep, space, ledger, earlier=earlier, val_images=val_images(sweep))
+    recorder = Recorder(ledger, tracker, progress)
     directory = sweep.directory.resolve()
     inputs = TrialInputs(sweep=sweep, dense=dense, start=start, directory=directory)
-    run_trials(inputs, searcher, recorder, concurrent, resuming=resuming)
-    if not searcher.finished or any(r.status == "running" for r in recorder.records.values()):
-        raise SweepInterruptedError(interrupted_line(sweep, list(recorder.records.values())))
+    run_trials(inputs, searcher, recorder, concurrent)
+    if not searcher.finished or any(r.status == "running" for r in ledger.records.values()):
+        raise SweepInterruptedError(interrupted_line(sweep, list(ledger.records.values())))
     progress.stopped(searcher.stopped)
     searcher.export_study(sweep.directory / "study.db")
-    return finish(sweep, dense, recorder)
+    return finish(sweep, dense, ledger, tracker)
 
 
 def earlier_front(sweep: Sweep) -> list[Parameters]:
@@ -113,7 +119,7 @@ def interrupted_line(sweep: Sweep, records: list[TrialRecord]) -> str:
 
 
 def with_learned(
-    sweep: Sweep, dense: PrunableViT, space: Space, tracker: Tracker, progress: Progress
+    sweep: Sweep, dense: PrunableViT, space: Space, ledger: Ledger, progress: Progress
 ) -> Space:
     """Let all steps learn or score, and return the space that knows what they propose."""
     runs: list[LearningRun] = []
@@ -126,13 +132,13 @@ def with_learned(
     if space.learners:
         progress.learning(space.learners)
     learned = learn_all(sweep, dense, space.steps, ended, progress.still_learning)
-    tracker.learned([dataclasses.asdict(run) for run in runs])
+    ledger.add_once("learned", runs=[dataclasses.asdict(run) for run in runs])
     progress.restart_clock()
     return Space(sweep, dense.shape(), learned)
 
 
 def elastic_start(
-    sweep: Sweep, dense: PrunableViT, space: Space, tracker: Tracker, progress: Progress
+    sweep: Sweep, dense: PrunableViT, space: Space, ledger: Ledger, progress: Progress
 ) -> PrunableViT:
     """Return the model that trials cut: the dense one, or the one that was tuned for cuts."""
     if not sweep.elastic_epochs:
@@ -150,7 +156,7 @@ def elastic_start(
     progress.tuning_elastic()
     run = tune_elastic(sweep, dense, start, progress.still_tuning_elastic)
     progress.learned(run.describe())
-    tracker.elastic(dataclasses.asdict(run))
+    ledger.add_once("elastic", run=dataclasses.asdict(run))
     progress.restart_clock()
     return PrunableViT.load(Path(run.path))
 
@@ -165,20 +171,17 @@ def is_done(sweep: Sweep) -> bool:
     return (sweep.directory / DONE).exists()
 
 
-def prepare_directory(sweep: Sweep) -> bool:
-    """Make the sweep's directory and say whether it holds this very sweep, interrupted.
+def prepare_directory(sweep: Sweep) -> None:
+    """Make the sweep's directory; it may hold this very sweep, interrupted.
 
     Raises:
         SweepError: If it holds another sweep.
     """
     _refuse_another(sweep)
-    if any((sweep.directory / ray_folder(sweep)).glob("experiment_state-*.json")):
-        return True
     sweep.directory.mkdir(parents=True, exist_ok=True)
     temporary = sweep.directory / "sweep.tmp"
     temporary.write_text(sweep_toml(sweep))
     os.replace(temporary, sweep.directory / "sweep.toml")
-    return False
 
 
 def _refuse_another(sweep: Sweep) -> None:
@@ -191,19 +194,17 @@ def _refuse_another(sweep: Sweep) -> None:
 
 
 def run_trials(
-    inputs: TrialInputs,
-    searcher: PlanSearcher,
-    recorder: Recorder,
-    concurrent: int,
-    *,
-    resuming: bool,
+    inputs: TrialInputs, searcher: PlanSearcher, recorder: Recorder, concurrent: int
 ) -> None:
-    """Let Ray Tune run the trials."""
-    sweep = inputs.sweep
-    scheduler, callbacks = InOrder(), [recorder]
+    """Let Ray Tune run the trials.
+
+    Ray keeps a state of its own beside them, which is not used: the ledger says what has happened.
+    """
+    sweep, scheduler = inputs.sweep, InOrder()
     if sweep.halving is not None:
         scheduler = MoAsha(epochs=sweep.epochs, **sweep.halving.model_dump())
-        callbacks.append(RungState(scheduler))
+        scheduler.repeat(recorder.ledger.past)
+    shutil.rmtree(sweep.directory / ray_folder(sweep), ignore_errors=True)
     os.environ |= RAY_SETTINGS
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the recorder says what failed
     tune.run(
@@ -216,14 +217,14 @@ def run_trials(
         max_concurrent_trials=concurrent,
         resources_per_trial=tune.PlacementGroupFactory([bundle(sweep)]),
         reuse_actors=True,
-        callbacks=callbacks,
+        callbacks=[recorder],
         max_failures=sweep.max_failures,
         raise_on_failed_trial=False,
         trial_name_creator=_name,
         trial_dirname_creator=_name,
-        resume_config=ResumeConfig() if resuming else None,
         verbose=0,
     )
+    shutil.rmtree(sweep.directory / ray_folder(sweep), ignore_errors=True)
 
 
 def ray_folder(sweep: Sweep) -> str:
@@ -259,13 +260,13 @@ def most_trials_at_once(sweep: Sweep) -> int:
     return room
 
 
-def finish(sweep: Sweep, dense: PrunableViT, recorder: Recorder) -> Front:
+def finish(sweep: Sweep, dense: PrunableViT, ledger: Ledger, tracker: Tracker) -> Front:
     """Measure the front and the dense model on the test split, once, and write everything down.
 
     Raises:
         SweepFailedError: If the dense model could not be measured, so that there is no front.
     """
-    records = recorder.records
+    records = dict(ledger.records)
     failed = next(
         (r for r in records.values() if r.origin == "dense" and r.status != "dense"), None
     )
@@ -285,15 +286,16 @@ def finish(sweep: Sweep, dense: PrunableViT, recorder: Recorder) -> Front:
     }
     for name, top1 in pending.items():
         records[name] = dataclasses.replace(records[name], test_top1=ray.get(top1))
-    return write_all(sweep, recorder, sorted(records.values(), key=lambda r: r.trial))
+    return write_all(sweep, tracker, sorted(records.values(), key=lambda r: r.trial))
 
 
-def write_all(sweep: Sweep, recorder: Recorder, records: list[TrialRecord]) -> Front:
+def write_all(sweep: Sweep, tracker: Tracker, records: list[TrialRecord]) -> Front:
     """Write the final records and the front, on disk and in MLflow."""
     front = build_front(records, sweep.cost)
-    write_trials(sweep.directory / "trials.parquet", records)
-    write_front(sweep.directory / "front.json", front)
-    recorder.tracker.close(front, records)
+    with writing_to(sweep.directory):
+        write_trials(sweep.directory / "trials.parquet", records)
+        write_front(sweep.directory / "front.json", front)
+    tracker.close(front, records)
     (sweep.directory / DONE).touch()
     return front
 

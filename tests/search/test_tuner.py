@@ -21,7 +21,7 @@ from search.__main__ import main
 from search.check import check
 from search.results import read_front, read_trials
 from search.sweep_file import load_sweep
-from search.tracking import local_uri
+from search.mlflow_runs import local_uri
 from search.trial_data import open_split
 from search.tuner import bundle, most_trials_at_once
 from tests.conftest import write_images

@@ -1,0 +1,262 @@
+"""What happens in a sweep, event by event, and the records that the events add up to.
+
+The ledger is the sweep's only state: an event is in a file before anything builds on it, and a
+driver that starts again repeats the events to the searcher, the scheduler and the records. Ray's
+own snapshots are not used: they are pickled, come every ten seconds at most, and when one cannot be
+read, Ray starts anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pruners import Plan
+from search.constraints import violated
+from search.growing_front import GrowingFront
+from search.journal import Journal
+from search.results import TrialRecord
+from search.sweep import Sweep, SweepFailedError
+from search.trial_files import model_path
+
+LEDGER = "ledger.jsonl"
+"""File of a sweep's directory that holds its events.
+
+Each has its kind as `event` and milliseconds since 1970 as `time`. `began`: a driver starts or
+continues the sweep. `learned`, `elastic`: what came before the trials. `asked`: a trial's
+configuration. `epoch`: its result after one. `ended`: its last status, and the front's hypervolume.
+`stopped`: why no more plans are asked for.
+"""
+
+Event = dict[str, Any]
+
+METRICS = (
+    "val_top1",
+    "val_loss",
+    "train_loss",
+    "gmacs",
+    "effective_gmacs",
+    "cost_ratio",
+    "params",
+    "density",
+    "images_per_s",
+    "latency_ms",
+    "seconds",
+)
+"""Keys of a trial's result that are metrics."""
+
+RESULT = (*METRICS, "trial", "epoch", "status", "reason", "shape")
+"""Keys of a trial's result that are kept; Ray adds its own."""
+
+
+class Ledger:
+    """The events of a sweep, and what they add up to.
+
+    Attributes:
+        past: Events of earlier drivers.
+        seconds: What these have run, together.
+        records: Trial -> record.
+        growing: The front.
+        ended: Trials that have ended.
+    """
+
+    def __init__(self, sweep: Sweep, clock: Callable[[], float] = time.time) -> None:
+        """Open the ledger in the sweep's directory; none need be there.
+
+        Args:
+            sweep: The sweep.
+            clock: Seconds since 1970.
+
+        Raises:
+            ValueError: If it is damaged.
+        """
+        self.sweep, self.clock = sweep, clock
+        self.journal = Journal(sweep.directory / LEDGER)
+        self.records: dict[str, TrialRecord] = {}
+        self.growing = GrowingFront(sweep.cost)
+        self.ended = 0
+        self.past = self.journal.read()
+        self.seconds = _active_ms(self.past) / 1000.0
+        try:
+            for event in self.past:
+                self._take(event)
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{self.journal.path} lacks what came before one of its lines ({error}); put back "
+                "a copy of it, or move its directory away to start anew"
+            ) from error
+
+    def begin(self) -> None:
+        """Note that a driver starts."""
+        self._add("began")
+
+    def add_once(self, kind: str, **values: Any) -> None:
+        """Add an event of which a sweep has one."""
+        if not any(event["event"] == kind for event in self.past):
+            self._add(kind, **values)
+
+    def ask(self, config: dict[str, Any]) -> None:
+        """Note that a trial begins, with this configuration."""
+        self._add("asked", config=config)
+
+    def stop(self, why: str) -> None:
+        """Note why no more plans are asked for."""
+        self._add("stopped", why=why)
+
+    def report(self, result: dict[str, Any]) -> bool:
+        """Note a trial's result after an epoch; False if it is known: it may be repeated."""
+        known = self.records[result["trial"]].history
+        if any(epoch["epoch"] == result["epoch"] for epoch in known):
+            return False
+        self._add("epoch", result={key: result[key] for key in RESULT})
+        return True
+
+    def end(self, trial: str, status: str, reason: str) -> TrialRecord:
+        """Note that a trial has ended."""
+        event = self._event("ended", trial=trial, status=status, reason=reason)
+        self._take(event)
+        front = self.growing.front
+        event["count"] = self.ended
+        event["hypervolume"] = front.hypervolume if front else None
+        event["front_size"] = len(front.members) if front else 0
+        with writing_to(self.sweep.directory):
+            self.journal.append(event)
+        return self.records[trial]
+
+    def _add(self, kind: str, **values: Any) -> None:
+        event = self._event(kind, **values)
+        with writing_to(self.sweep.directory):
+            self.journal.append(event)
+        self._take(event)
+
+    def _event(self, kind: str, **values: Any) -> Event:
+        return {"event": kind, "time": int(1000 * self.clock()), **values}
+
+    def _take(self, event: Event) -> None:
+        """Let the records follow an event."""
+        if event["event"] == "asked":
+            record = new_record(event["config"])
+            self.records[record.trial] = record
+        elif event["event"] == "epoch":
+            result = event["result"]
+            self.records[result["trial"]] = with_result(self.records[result["trial"]], result)
+        elif event["event"] == "ended":
+            self._end(self.records[event["trial"]], event["status"], event["reason"])
+
+    def _end(self, record: TrialRecord, status: str, reason: str) -> None:
+        model = "" if status == "failed" else model_path(record.trial, record.epochs)
+        record = dataclasses.replace(record, status=status, reason=reason, checkpoint=model)
+        new = [self._judged(record, self.growing.dense)]
+        if status == "dense":  # what ended before it could not be compared with it
+            early = [r for r in self.records.values() if r.trial != record.trial]
+            new += [self._judged(r, record) for r in early if r.status == "finished"]
+        for changed in new:
+            self.records[changed.trial] = changed
+        self.ended += 1
+        first = [self.records[record.of]] if record.of in self.records else []
+        self.growing.add(*new, *first)
+
+    def _judged(self, record: TrialRecord, dense: TrialRecord | None) -> TrialRecord:
+        """Return a record that says which constraints it violates, if it was tuned to its end."""
+        if record.status != "finished":
+            return record
+        found = violated(
+            self.sweep.constraints,
+            params=record.params,
+            images_per_s=record.images_per_s,
+            drop=_drop(record, dense),
+        )
+        return dataclasses.replace(record, violates=found)
+
+
+@contextmanager
+def writing_to(directory: Path) -> Iterator[None]:
+    """Stop a sweep whose directory cannot be written to.
+
+    Raises:
+        SweepFailedError: Instead of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise SweepFailedError(
+            f"{directory} cannot be written to: {error.strerror or error}; nothing that was "
+            "finished is lost: mend it and run the same command again"
+        ) from error
+
+
+def has_begun(directory: Path) -> bool:
+    """Whether a sweep's directory holds a ledger."""
+    return (directory / LEDGER).exists()
+
+
+def new_record(config: dict[str, Any]) -> TrialRecord:
+    """Return the record of a trial that has just got its configuration."""
+    values = json.loads(config["plan"])
+    plan = Plan.from_json(values)
+    methods = "+".join(step.pruner.name for step in plan.steps if step.active) or "dense"
+    ratio = config["cost_ratio"]
+    return TrialRecord(
+        trial=config["trial"],
+        name=f"{config['trial']} {methods}"
+        + (f" {ratio:.2f}x" if methods != "dense" else "")
+        + (f" ({config['origin']} {config['of']})" if config["of"] else ""),
+        status="running",
+        origin=config["origin"],
+        of=config["of"],
+        seed=config["seed"],
+        parameters=config["parameters"],
+        methods=methods,
+        cost_ratio=ratio,
+        plan=values,
+        plan_line=plan.describe(),
+    )
+
+
+def with_result(record: TrialRecord, result: dict[str, Any]) -> TrialRecord:
+    """Return a record with one more epoch."""
+    metrics = {key: float(result[key]) for key in METRICS}
+    finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
+    return dataclasses.replace(
+        record,
+        status=result["status"],
+        reason=result["reason"],
+        epochs=result["epoch"],
+        shape=json.loads(result["shape"]),
+        history=[*record.history, {"epoch": result["epoch"], **finite}],
+        **{
+            key: result[key]
+            for key in (
+                "val_top1",
+                "gmacs",
+                "effective_gmacs",
+                "params",
+                "density",
+                "images_per_s",
+                "latency_ms",
+                "seconds",
+            )
+        },
+    )
+
+
+def _drop(record: TrialRecord, dense: TrialRecord | None) -> float | None:
+    if dense is None or dense.val_top1 is None or record.val_top1 is None:
+        return None
+    return dense.val_top1 - record.val_top1
+
+
+def _active_ms(events: list[Event]) -> int:
+    """Milliseconds from each driver's start to its last event."""
+    total = start = last = 0
+    for event in events:
+        if event["event"] == "began":
+            total, start = total + last - start, event["time"]
+        last = event["time"]
+    return total + last - start if events else 0
