@@ -70,11 +70,9 @@ class Progress:
         """Estimate the time that is left from here on: trials begin."""
         self.start = self.clock()
 
-    def restored(self, record: TrialRecord) -> None:
-        """Count a trial of an earlier run."""
-        if record.status != "running":
-            self.ended += 1
-            self.ended_before += 1
+    def restored(self, ended: int) -> None:
+        """Count the trials that ended in an earlier run."""
+        self.ended = self.ended_before = ended
 
     def started(self, record: TrialRecord) -> None:
         """Note that a trial runs."""

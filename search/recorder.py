@@ -46,8 +46,7 @@ class Recorder(tune.Callback):
         self.ledger, self.tracker, self.progress, self.clock = ledger, tracker, progress, clock
         self.written, self.due = True, -math.inf  # of the tables: are they current, when again
         self.failure: SweepFailedError | None = None
-        for record in ledger.records.values():
-            progress.restored(record)
+        progress.restored(ledger.ended)
 
     def on_trial_start(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import heapq
-import json
 import math
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +15,7 @@ from hypothesis import strategies as st
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
-from search.moasha import MoAsha, Rung, RungResult, RungState
+from search.moasha import MoAsha, Rung
 from search.pareto import front, hypervolume
 from search.rungs import Floats, bracket_of
 
@@ -42,7 +37,11 @@ def report(scheduler: MoAsha, name: str, epoch: int, top1: float, cost: float = 
 
 def at_rung(scheduler: MoAsha, epoch: int, bracket: int = 0) -> dict[str, tuple[float, bool]]:
     rung = scheduler.rungs[bracket, epoch]
-    return {name: (r.val_top1, r.passed) for name, r in rung.results.items()}
+    _, top1s = rung.counted(set(), 1.0, 0.0)
+    return {
+        name: (top1, passed)
+        for (name, passed), top1 in zip(rung.passed.items(), top1s[:-1], strict=True)
+    }
 
 
 def test_the_best_of_a_rung_go_on() -> None:
@@ -64,7 +63,7 @@ def test_results_between_rungs_decide_nothing() -> None:
     for epoch in (0, 2, 4, 5, 8, 9):
         for i in range(6):
             assert report(scheduler, f"{i:04d}", epoch, 70.0 - i) == CONTINUE
-    assert {key: rung.results for key, rung in scheduler.rungs.items()} == {(0, 1): {}, (0, 3): {}}
+    assert {key: rung.passed for key, rung in scheduler.rungs.items()} == {(0, 1): {}, (0, 3): {}}
 
 
 def test_a_trial_is_counted_once_and_hears_the_same_again() -> None:
@@ -99,12 +98,11 @@ def test_a_rung_counts_all_but_failed_trials(
 ) -> None:
     rung = Rung()
     for i, (cost, top1) in enumerate(results):
-        values = {"bracket": 0, "epoch": 1, "passed": i % 3 == 0}
-        rung.add(RungResult(trial=f"{i:04d}", cost_ratio=cost, val_top1=top1, **values))
+        rung.add(f"{i:04d}", cost, top1, passed=i % 3 == 0)
     costs, top1s = rung.counted({f"{i:04d}" for i in failed}, 0.5, 70.0)
     counted = [r for i, r in enumerate(results) if i not in failed]
     assert [*zip(costs, top1s, strict=True)] == [*counted, (0.5, 70.0)]
-    assert rung.passed == len(results[::3])
+    assert rung.passed == {f"{i:04d}": i % 3 == 0 for i in range(len(results))}
 
 
 @pytest.mark.parametrize("origin", ["dense", "ladder", "confirm", "final"])
@@ -256,7 +254,22 @@ def test_the_rungs_in_a_line() -> None:
     )
 
 
-def test_a_restored_scheduler_decides_as_the_one_before() -> None:
+def events_of(reports: list[tuple[str, int, float, float]]) -> list[dict[str, Any]]:
+    """What a ledger holds of reports."""
+    names = dict.fromkeys(name for name, *_ in reports)
+    asked = [{"event": "asked", "config": trial(name).config} for name in names]
+    epochs = [
+        {"event": "epoch", "result": {"trial": name, **result(epoch, top1, cost)}}
+        for name, epoch, top1, cost in reports
+    ]
+    return [{"event": "began"}, *asked, *epochs]
+
+
+def decided_at(scheduler: MoAsha) -> dict[tuple[int, int], dict[str, tuple[float, bool]]]:
+    return {(b, epoch): at_rung(scheduler, epoch, b) for b, epoch in scheduler.rungs}
+
+
+def test_a_scheduler_that_goes_on_decides_as_the_one_before() -> None:
     settings = {"epochs": 9, "first": 1, "eta": 3.0, "brackets": 2}
     generator = np.random.default_rng(4)
     reports = [
@@ -265,39 +278,39 @@ def test_a_restored_scheduler_decides_as_the_one_before() -> None:
         for i in generator.permutation(40)
     ]
     whole = MoAsha(**settings)
-    expected = [report(whole, *r) for r in reports]
+    expected = [report(whole, *r) for r in reports[:30]]
     die(whole, "0003")
-    for cut in (1, 17, 55):
-        before, after = MoAsha(**settings), MoAsha(**settings)
-        decided = [report(before, *r) for r in reports[:cut]]
-        after.load_state(json.loads(json.dumps(before.state())))
-        decided += [report(after, *r) for r in reports[cut:]]
-        assert decided == expected
+    expected += [report(whole, *r) for r in reports[30:]]
+    ended = [{"event": "ended", "trial": "0003", "status": "failed"}]
+    for cut in (0, 1, 17, 30, 55):
+        after = MoAsha(**settings)
+        after.repeat(events_of(reports[: min(cut, 30)]))
+        if cut >= 30:
+            after.repeat([*ended, *events_of(reports[30:cut])])
+        decided = [report(after, *r) for r in reports[cut:30]]
         die(after, "0003")
-        assert after.state() == whole.state()
+        decided += [report(after, *r) for r in reports[max(cut, 30) :]]
+        assert decided == expected[cut:]
+        # What it had decided it says again.
+        assert [report(after, *r) for r in reports[: min(cut, 30)]] == expected[: min(cut, 30)]
+        assert decided_at(after) == decided_at(whole)
         assert after.debug_string() == whole.debug_string()
     assert 20 < expected.count(STOP) < 70
 
 
-def test_failures_survive_a_restore() -> None:
-    before = MoAsha(epochs=8, first=1, eta=2.0, brackets=1)
-    after = MoAsha(epochs=8, first=1, eta=2.0, brackets=1)
-    for i, top1 in enumerate([75.0, 74.0, 73.0, 72.0]):
-        report(before, f"{i:04d}", 1, top1)
-    for name in ("0000", "0001"):
-        die(before, name)
-    RungState(after).set_state(RungState(before).get_state())
-    assert report(after, "0011", 1, 73.5) == CONTINUE  # the first of three
-
-
-def test_rungs_of_other_settings_are_refused() -> None:
-    before = MoAsha(epochs=8, first=2, eta=2.0, brackets=1)
-    report(before, "0001", 2, 70.0)
-    after = MoAsha(epochs=8, first=1, eta=3.0, brackets=1)
-    report(after, "0002", 1, 70.0)
-    with pytest.raises(ValueError, match="0001 came to epoch 2 in bracket 0, which is no rung"):
-        after.load_state(before.state())
-    assert set(at_rung(after, 1)) == {"0002"}
+def test_what_is_exempt_or_has_failed_is_repeated_as_such() -> None:
+    scheduler = MoAsha(epochs=8, first=1, eta=2.0, brackets=1)
+    ladder = {"event": "asked", "config": trial("0009", "ladder").config}
+    last = {"event": "epoch", "result": {"trial": "0009", **result(1, 10.0)}}
+    reports = [(f"{i:04d}", 1, 75.0 - i, 0.5) for i in range(4)]
+    failures = [
+        {"event": "ended", "trial": name, "status": status}
+        for name, status in (("0000", "failed"), ("0001", "failed"), ("0002", "stopped"))
+    ]
+    scheduler.repeat([ladder, last, *events_of(reports), *failures])
+    assert set(at_rung(scheduler, 1)) == {name for name, *_ in reports}
+    assert scheduler.failed == {"0000", "0001"}
+    assert report(scheduler, "0011", 1, 73.5) == CONTINUE  # the first of three
 
 
 def curves(trials: int, epochs: int, seed: int) -> tuple[Floats, Floats, Floats]:
@@ -360,128 +373,3 @@ def test_the_front_is_found_with_half_the_epochs() -> None:
     assert np.mean(near) > 0.92
     assert np.mean(spent) < 0.6
     assert np.mean(area) > 0.985
-
-
-DRIVER = """
-import json, logging, os, signal, sys, time
-from pathlib import Path
-
-import numpy as np
-import ray
-from ray import tune
-
-from search.moasha import MoAsha, Rung, RungResult, RungState
-
-folder, die_after = Path(sys.argv[1]), int(sys.argv[2])
-
-
-class Curve(tune.Trainable):
-    def setup(self, config):
-        self.reset_config(config)
-
-    def reset_config(self, config):
-        generator = np.random.default_rng(int(config["trial"]))
-        self.cost, self.epoch = generator.uniform(0.3, 0.8), -1
-        last = 76 + 10 * np.log(self.cost) - generator.exponential(2.0)
-        self.top1s = last - 20 * np.exp(-np.arange(5)) + generator.normal(0, 0.5, 5)
-        return True
-
-    def step(self):
-        time.sleep(0.05)
-        self.epoch += 1
-        status = "running" if self.epoch < 4 else "finished"
-        if self.config["trial"] == "0004" and self.epoch == 2:
-            status = "failed"
-        done = status != "running"
-        known = {"trial": self.config["trial"], "cost_ratio": self.cost, "epoch": self.epoch}
-        return {**known, "val_top1": self.top1s[self.epoch], "status": status, "done": done}
-
-    def save_checkpoint(self, directory):
-        Path(directory, "epoch").write_text(str(self.epoch))
-
-    def load_checkpoint(self, directory):
-        self.epoch = int(Path(directory, "epoch").read_text())
-
-
-class Watch(tune.Callback):
-    results = 0
-
-    def on_trial_result(self, iteration, trials, trial, result, **info):
-        keys = ("trial", "epoch", "cost_ratio", "val_top1", "status", "done")
-        with (folder / "reported.jsonl").open("a") as lines:
-            print(json.dumps({key: result[key] for key in keys}), file=lines)
-        self.results += 1
-        if self.results == die_after:
-            time.sleep(1)  # a snapshot may be being copied; half of one would be none
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-ray.init(logging_level="ERROR", log_to_driver=False)
-logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-scheduler = MoAsha(epochs=4, first=0, eta=2.0, brackets=2)
-resuming = any((folder / "trials").glob("experiment_state-*.json"))
-tune.run(
-    Curve,
-    name="trials",
-    storage_path=str(folder),
-    config={
-        "trial": tune.grid_search([f"{i:04d}" for i in range(16)]),
-        "origin": "search",
-    },
-    scheduler=scheduler,
-    callbacks=[Watch(), RungState(scheduler)],
-    max_concurrent_trials=1,
-    reuse_actors=True,
-    checkpoint_config=tune.CheckpointConfig(checkpoint_frequency=1),
-    resume_config=tune.ResumeConfig() if resuming else None,
-    verbose=0,
-)
-(folder / "state.json").write_text(json.dumps(scheduler.state()))
-"""
-
-
-def drive(folder: Path, die_after: int = 0) -> int:
-    """Run a sweep of 16 trials, one at a time, in a process; it may kill itself at a result."""
-    import ray
-
-    environment = {
-        **os.environ,
-        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
-        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-        "RAY_AIR_NEW_OUTPUT": "0",
-        # Seconds between snapshots: Ray overwrites one while it copies it, if they come faster.
-        "TUNE_GLOBAL_CHECKPOINT_S": "0.5",
-    }
-    command = [sys.executable, "-c", DRIVER, str(folder), str(die_after)]
-    return subprocess.run(command, cwd=ROOT, env=environment, timeout=120).returncode
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.usefixtures("ray_session")
-def test_an_interrupted_sweep_has_the_rungs_of_a_whole_one(tmp_path: Path) -> None:
-    assert drive(tmp_path, die_after=26) == -signal.SIGKILL  # once 0004 has failed
-    assert not (tmp_path / "state.json").exists()
-    assert drive(tmp_path) == 0
-    lines = (tmp_path / "reported.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    firsts = [row for row in rows if (row["trial"], row["epoch"]) == ("0000", 0)]
-    assert len(firsts) == 1  # it was continued, not begun again
-    results = {(row["trial"], row["epoch"]): row for row in rows}  # as reported last
-
-    whole = MoAsha(epochs=4, first=0, eta=2.0, brackets=2)
-    for name, epoch in sorted(results):
-        values = results[name, epoch]
-        if values["status"] == "running":
-            stops = whole.on_trial_result(None, trial(name), values) == STOP
-            assert stops == values["done"] == ((name, epoch + 1) not in results)
-        else:
-            whole.on_trial_complete(None, trial(name), values)
-    state = json.loads((tmp_path / "state.json").read_text())
-    assert state == whole.state()
-    # There was something to lose, and something to decide.
-    assert len({name for name, _ in results}) == 16
-    assert state["failed"] == ["0004"]
-    rungs = {(0, 0), (0, 1), (0, 2), (1, 1), (1, 2)}
-    assert {(r["bracket"], r["epoch"]) for r in state["results"]} == rungs
-    assert 5 <= sum(not r["passed"] for r in state["results"]) <= 13

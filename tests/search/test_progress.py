@@ -74,9 +74,7 @@ def test_silence_is_broken_after_a_while(progress: Progress, clock: Clock) -> No
 
 
 def test_a_continued_sweep_counts_what_was_done_before(progress: Progress, clock: Clock) -> None:
-    for trial in ("0000", "0001"):
-        progress.restored(record(trial, 0.5, 70.0))
-    progress.restored(record("0002", 0.5, None, "running"))
+    progress.restored(2)
     clock.now += 10
     progress.ended_with(record("0002", 0.5, 70.0), None)
     assert lines(progress)[0].startswith("[ 3/12]")
@@ -161,3 +159,9 @@ def test_learning_is_told_before_the_trials(progress: Progress, clock: Clock) ->
         "  learning for 1:35 min, not done: uvc",
         "  uvc for 0.50x: learned in 97 s",
     ]
+
+
+def test_that_mlflow_lags_behind_is_said_once(progress: Progress) -> None:
+    for trouble in ("", "refused", "refused", "", "refused"):
+        progress.tick(trouble)
+    assert lines(progress) == ["MLflow lags behind, trials go on: refused"] * 2

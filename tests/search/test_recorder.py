@@ -1,9 +1,8 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
-import os
-import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 
 from search import recorder as module
+from search.ledger import METRICS, Ledger
 from search.progress import Progress
 from search.recorder import Recorder
 from search.results import build_front, read_front, read_trials
@@ -22,6 +22,8 @@ PLAN = {"steps": [{"method": "magnitude", "options": {}, "thresholds": {"blocks.
 
 class Logged:
     """What a recorder asks a tracker for."""
+
+    trouble = ""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -48,9 +50,9 @@ def sweep(sweep_file: Path) -> Sweep:
     return sweep
 
 
-def make(sweep: Sweep, *, resuming: bool = False, clock: Clock | None = None) -> Recorder:
+def make(sweep: Sweep, clock: Clock | None = None) -> Recorder:
     progress = Progress(io.StringIO(), trials=9, epochs=1)
-    return Recorder(sweep, Logged(), progress, resuming=resuming, clock=clock or Clock())  # type: ignore[arg-type]
+    return Recorder(Ledger(sweep), Logged(), progress, clock or Clock())  # type: ignore[arg-type]
 
 
 def trial_of(name: str, ratio: float = 0.5, origin: str = "search", of: str = "") -> Any:
@@ -70,7 +72,7 @@ def trial_of(name: str, ratio: float = 0.5, origin: str = "search", of: str = ""
 def result(trial: Any, top1: float, epoch: int = 0, status: str = "finished") -> dict[str, Any]:
     ratio = trial.config["cost_ratio"]
     return {
-        **dict.fromkeys(module.METRICS, 1.0),
+        **dict.fromkeys(METRICS, 1.0),
         "trial": trial.config["trial"],
         "epoch": epoch,
         "status": status,
@@ -83,8 +85,13 @@ def result(trial: Any, top1: float, epoch: int = 0, status: str = "finished") ->
     }
 
 
-def run(recorder: Recorder, trial: Any, top1: float, status: str = "finished") -> None:
+def start(recorder: Recorder, trial: Any) -> None:
+    recorder.ledger.ask(trial.config)  # as the searcher does
     recorder.on_trial_start(0, [], trial)
+
+
+def run(recorder: Recorder, trial: Any, top1: float, status: str = "finished") -> None:
+    start(recorder, trial)
     recorder.on_trial_result(0, [], trial, result(trial, top1, status=status))
     recorder.on_trial_complete(0, [], trial)
 
@@ -92,20 +99,13 @@ def run(recorder: Recorder, trial: Any, top1: float, status: str = "finished") -
 DENSE = trial_of("0000", 1.0, "dense")
 
 
-def restored(sweep: Sweep, snapshot: bytes) -> Recorder:
-    again = make(sweep, resuming=True)
-    again.set_state(pickle.loads(snapshot))
-    again.setup()
-    return again
-
-
 def test_a_trial_from_start_to_end(sweep: Sweep) -> None:
     recorder = make(sweep)
     run(recorder, DENSE, 80.0)
     trial = trial_of("0001")
-    recorder.on_trial_start(0, [], trial)
+    start(recorder, trial)
     recorder.on_trial_result(0, [], trial, result(trial, 61.0, 0, "running"))
-    assert recorder.records["0001"].status == "running"
+    assert recorder.ledger.records["0001"].status == "running"
     recorder.on_trial_result(0, [], trial, result(trial, 70.0, 1))
     recorder.on_trial_complete(0, [], trial)
     dense, ended = read_trials(sweep.directory / "trials.parquet")
@@ -115,7 +115,8 @@ def test_a_trial_from_start_to_end(sweep: Sweep) -> None:
     assert ended.checkpoint == "models/0001/epoch-0001"
     front = read_front(sweep.directory / "front.json")
     assert [m.trial for m in front.members] == ["0001"]
-    assert [call[1] for call in recorder.tracker.of("front_grew")] == [1, 2]  # type: ignore[attr-defined]
+    (shown,) = recorder.tracker.of("show")[-1:]  # type: ignore[attr-defined]
+    assert [m.trial for m in shown[0].members] == ["0001"]
     assert not list(sweep.directory.glob(".*"))  # no temporary file is left
 
 
@@ -123,16 +124,16 @@ def test_epochs_that_are_reported_again_count_once(sweep: Sweep) -> None:
     recorder = make(sweep)
     run(recorder, DENSE, 80.0)
     trial = trial_of("0001")
-    recorder.on_trial_start(0, [], trial)
+    start(recorder, trial)
     for epochs in ((0, 1), (0, 1, 2)):  # its actor died, and it starts anew
         for epoch in epochs:
             recorder.on_trial_result(0, [], trial, result(trial, 60.0 + epoch, epoch, "running"))
     recorder.on_trial_complete(0, [], trial)
-    record = recorder.records["0001"]
+    record = recorder.ledger.records["0001"]
     assert [h["epoch"] for h in record.history] == [0, 1, 2]
     assert (record.val_top1, record.epochs) == (62.0, 2)
-    logged = [call[:2] for call in recorder.tracker.of("epoch") if call[0] == "0001"]  # type: ignore[attr-defined]
-    assert logged == [("0001", epoch) for epoch in range(3)]
+    events = [e["result"] for e in recorder.ledger.journal.read() if e["event"] == "epoch"]
+    assert [(e["trial"], e["epoch"]) for e in events[1:]] == [("0001", n) for n in range(3)]
 
 
 def test_what_a_scheduler_ends_is_stopped_and_never_on_the_front(sweep: Sweep) -> None:
@@ -140,67 +141,48 @@ def test_what_a_scheduler_ends_is_stopped_and_never_on_the_front(sweep: Sweep) -
     run(recorder, DENSE, 80.0)
     run(recorder, trial_of("0001"), 79.0, "running")
     failed = trial_of("0002")
+    recorder.ledger.ask(failed.config)
     failed.get_pickled_error = lambda: ValueError("two lines\n  the second")
     recorder.on_trial_error(0, [], failed)
-    assert [r.status for r in recorder.records.values()] == ["dense", "stopped", "failed"]
-    assert recorder.records["0002"].reason == "the second"
+    assert [r.status for r in recorder.ledger.records.values()] == ["dense", "stopped", "failed"]
+    assert recorder.ledger.records["0002"].reason == "the second"
     assert read_front(sweep.directory / "front.json").members == ()
 
 
-def test_a_killed_driver_goes_on_from_the_snapshot(sweep: Sweep) -> None:
+def test_a_recorder_goes_on_where_a_killed_driver_was(sweep: Sweep) -> None:
     recorder = make(sweep)
     run(recorder, DENSE, 80.0)
     run(recorder, trial_of("0001"), 70.0)
     running = trial_of("0002", 0.6)
-    recorder.on_trial_start(0, [], running)
+    start(recorder, running)
     recorder.on_trial_result(0, [], running, result(running, 65.0, 0, "running"))
-    snapshot, before = pickle.dumps(recorder.get_state()), dict(recorder.records)
-    # Later than the snapshot: another ends, the one that runs ends, and a line is cut short.
-    run(recorder, trial_of("0003", 0.4), 72.0)
-    recorder.on_trial_result(0, [], running, result(running, 75.0, 1))
-    recorder.on_trial_complete(0, [], running)
-    with (sweep.directory / "trials.jsonl").open("ab") as file:
-        file.write(b'{"trial": "0004", "na')
+    with (sweep.directory / "ledger.jsonl").open("ab") as file:
+        file.write(b'{"event": "epoch", "resu')
 
-    again = restored(sweep, snapshot)
-    assert again.records == before
-    assert (again.ended, again.progress.ended) == (2, 2)
-    assert again.growing.front is not None
-    assert [m.trial for m in again.growing.front.members] == ["0001"]
-    # What was lost runs again, with another plan and another end.
-    run(again, trial_of("0003", 0.7), 71.0)
-    again.on_trial_result(0, [], running, result(running, 60.0, 1))
+    again = make(sweep)
+    assert again.ledger.records == recorder.ledger.records
+    assert (again.ledger.ended, again.progress.ended) == (2, 2)
+    again.on_trial_start(0, [], running)  # the trial repeats what it had reported
+    for epoch, top1, status in ((0, 65.0, "running"), (1, 75.0, "finished")):
+        again.on_trial_result(0, [], running, result(running, top1, epoch, status))
     again.on_trial_complete(0, [], running)
-    last = restored(sweep, pickle.dumps(again.get_state()))
-    assert last.records == again.records
-    assert (last.records["0003"].cost_ratio, last.records["0002"].val_top1) == (0.7, 60.0)
-    assert last.ended == 4
+    assert [h["val_top1"] for h in again.ledger.records["0002"].history] == [65.0, 75.0]
+    assert make(sweep).ledger.records == again.ledger.records
+    assert [r.status for r in again.ledger.records.values()] == ["dense", "finished", "finished"]
 
 
-def test_a_snapshot_does_not_grow_with_the_trials_that_ended(sweep: Sweep) -> None:
-    recorder = make(sweep)
-    run(recorder, DENSE, 80.0)
-    sizes = []
-    for number in range(1, 60):
-        run(recorder, trial_of(f"{number:04d}"), 70.0)
-        sizes.append(len(pickle.dumps(recorder.get_state())))
-    assert max(sizes) - min(sizes) < 16  # a number gets longer
-    assert recorder.tracker.calls[-1] == ("wait",)  # type: ignore[attr-defined]
-
-
-def test_every_record_is_on_disk_as_soon_as_its_trial_ended(sweep: Sweep) -> None:
-    """Tables may lag behind; the journal may not."""
+def test_every_end_is_on_disk_at_once(sweep: Sweep) -> None:
+    """Tables may lag behind; the ledger may not."""
     recorder = make(sweep)
     recorder.due = float("inf")
     for trial, top1 in ((DENSE, 80.0), (trial_of("0001"), 70.0), (trial_of("0002"), 71.0)):
         run(recorder, trial, top1)
-        lines = (sweep.directory / "trials.jsonl").read_text().splitlines()
-        assert json.loads(lines[-1]) == vars(recorder.records[trial.config["trial"]])
+        assert Ledger(sweep).records == recorder.ledger.records
     assert not (sweep.directory / "trials.parquet").exists()
     recorder.on_experiment_end([])
     assert len(read_trials(sweep.directory / "trials.parquet")) == 3
     assert [m.trial for m in read_front(sweep.directory / "front.json").members] == ["0002"]
-    assert recorder.tracker.calls[-1] == ("wait",)  # type: ignore[attr-defined]
+    assert recorder.tracker.calls[-1] == ("wait", module.PATIENCE_S)  # type: ignore[attr-defined]
 
 
 def test_tables_take_a_twentieth_of_the_time(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,29 +216,29 @@ def test_the_tables_and_the_front_hold_all_trials_at_the_end(sweep: Sweep) -> No
         run(recorder, trial_of(f"{number:04d}", 0.3 + number * 7 % 13 / 20), 60.0 + number * 5 % 17)
     recorder.on_experiment_end([])
     records = read_trials(sweep.directory / "trials.parquet")
-    assert records == sorted(recorder.records.values(), key=lambda r: r.trial)
+    assert records == sorted(recorder.ledger.records.values(), key=lambda r: r.trial)
     whole = build_front(records, sweep.cost)
     written = read_front(sweep.directory / "front.json")
     assert written.hypervolume == whole.hypervolume
     assert [m.trial for m in written.members] == [m.trial for m in whole.members]
-    assert recorder.tracker.of("update_front")[-1] == (whole, records)  # type: ignore[attr-defined]
+    assert recorder.tracker.of("show")[-1] == (whole, records)  # type: ignore[attr-defined]
 
 
 def test_what_ended_before_the_dense_model_is_judged_when_that_is_there(sweep: Sweep) -> None:
     recorder = make(sweep)
-    recorder.on_trial_start(0, [], DENSE)
+    start(recorder, DENSE)
     run(recorder, trial_of("0001", 0.4), 59.0)
     run(recorder, trial_of("0002", 0.5), 58.0)  # which the first would keep off the front
     run(recorder, trial_of("0003", 0.6), 61.0)
-    assert recorder.records["0001"].violates == ""
+    assert recorder.ledger.records["0001"].violates == ""
     recorder.on_trial_result(0, [], DENSE, result(DENSE, 80.0))
     recorder.on_trial_complete(0, [], DENSE)
-    assert recorder.records["0001"].violates == "drop 21 beyond max_drop = 20"
-    assert recorder.records["0003"].violates == ""
-    assert recorder.growing.front is not None
-    assert [m.trial for m in recorder.growing.front.members] == ["0003"]
-    assert recorder.ended == 4
-    assert restored(sweep, pickle.dumps(recorder.get_state())).records == recorder.records
+    assert recorder.ledger.records["0001"].violates == "drop 21 beyond max_drop = 20"
+    assert recorder.ledger.records["0003"].violates == ""
+    assert recorder.ledger.growing.front is not None
+    assert [m.trial for m in recorder.ledger.growing.front.members] == ["0003"]
+    assert recorder.ledger.ended == 4
+    assert Ledger(sweep).records == recorder.ledger.records
 
 
 def test_confirmed_plans_are_compared_by_their_means(sweep: Sweep) -> None:
@@ -266,29 +248,39 @@ def test_confirmed_plans_are_compared_by_their_means(sweep: Sweep) -> None:
         run(recorder, trial_of(name), top1)
     for name, of, top1 in (("0004", "0001", 71.0), ("0005", "0002", 73.0), ("0006", "0002", 72.0)):
         run(recorder, trial_of(name, origin="confirm", of=of), top1)
-    front = recorder.growing.front
-    assert front == build_front(list(recorder.records.values()), sweep.cost)
+    front = recorder.ledger.growing.front
+    assert front == build_front(list(recorder.ledger.records.values()), sweep.cost)
     assert front is not None
     assert [(m.trial, m.val_top1, m.runs) for m in front.members] == [("0002", 72.5, 3)]
 
 
-def test_a_sweep_that_begins_anew_forgets_an_earlier_driver(sweep: Sweep) -> None:
-    """One that was killed before Ray's first snapshot."""
-    run(make(sweep), DENSE, 80.0)
-    recorder = make(sweep)
-    recorder.setup()
-    run(recorder, DENSE, 79.0)
-    assert restored(sweep, pickle.dumps(recorder.get_state())).records["0000"].val_top1 == 79.0
-    assert len((sweep.directory / "trials.jsonl").read_text().splitlines()) == 1
-
-
-def test_a_state_that_cannot_be_read_is_refused(sweep: Sweep) -> None:
+@pytest.mark.parametrize("at", ["epoch", "ended", "tables"])
+def test_a_full_disk_stops_the_sweep_and_loses_nothing(
+    at: str, sweep: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recorder = make(sweep)
     run(recorder, DENSE, 80.0)
-    state = recorder.get_state()
-    os.truncate(sweep.directory / "trials.jsonl", 10)
-    again = make(sweep, resuming=True)
-    with pytest.raises(ValueError, match="are needed"):
-        again.set_state(state)
-    with pytest.raises(SweepFailedError, match="move the directory away"):  # Ray only logs it
-        again.setup()
+    trial = trial_of("0001")
+    start(recorder, trial)
+    recorder.on_trial_result(0, [], trial, result(trial, 60.0, 0, "running"))
+
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        if at == "tables":
+            disk.setattr(module, "write_trials", full)
+        if at == "epoch":
+            disk.setattr("search.journal.Journal.append", full)
+        recorder.on_trial_result(0, [], trial, result(trial, 70.0, 1))
+        if at == "ended":
+            disk.setattr("search.journal.Journal.append", full)
+        recorder.on_trial_complete(0, [], trial)  # Ray would only log what it raises
+    before = (sweep.directory / "ledger.jsonl").read_bytes()
+    with pytest.raises(SweepFailedError, match="cannot be written to: No space left on device"):
+        recorder.on_step_end(0, [])
+    recorder.on_experiment_end([])  # space is back, but what is in between is missing
+    assert (sweep.directory / "ledger.jsonl").read_bytes() == before
+    last = Ledger(sweep).records["0001"]
+    expected = {"epoch": ("running", 0), "ended": ("finished", 1), "tables": ("finished", 1)}[at]
+    assert (last.status, last.epochs) == expected

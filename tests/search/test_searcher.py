@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -13,9 +14,11 @@ from optuna.trial import TrialState
 
 from pruners import Plan
 from search.again import standard_error, to_confirm, to_train_long
+from search.journal import Journal
+from search.ledger import METRICS, Ledger
 from search.searcher import PlanSearcher
 from search.space import Space
-from search.sweep import Sweep, SweepFailedError
+from search.sweep import Sweep, SweepError, SweepFailedError
 
 PHASES = {"confirm": 2, "final_epochs": 5}
 
@@ -31,7 +34,9 @@ class Clock:
 
 
 @pytest.fixture
-def searcher(tiny) -> Callable[..., PlanSearcher]:
+def searcher(tiny, tmp_path: Path) -> Callable[..., PlanSearcher]:
+    folders = itertools.count()
+
     def build(
         *, val_images: int = 1_000, clock: Clock | None = None, **changes: Any
     ) -> PlanSearcher:
@@ -47,11 +52,16 @@ def searcher(tiny) -> Callable[..., PlanSearcher]:
                 "model": {"name": "x"},
                 "data": {"train": "t", "val": "v", "test": "s"},
                 "steps": [{"method": "grouped"}, {"method": "magnitude"}],
+                "storage": str(tmp_path / f"{next(folders)}"),
                 **changes,
             }
         )
+        sweep.directory.mkdir(parents=True, exist_ok=True)
         space = Space(sweep, tiny().shape())
-        return PlanSearcher(sweep, space, val_images=val_images, clock=clock or Clock())
+        clock = clock or Clock()
+        ledger = Ledger(sweep, clock)
+        ledger.begin()
+        return PlanSearcher(sweep, space, ledger, val_images=val_images, clock=clock)
 
     return build
 
@@ -69,7 +79,28 @@ def result(config: dict, top1: float = 50.0, status: str = "finished", **more: A
 
 
 def end(searcher: PlanSearcher, trial_id: str, *args: Any, **more: Any) -> None:
-    searcher.on_trial_complete(trial_id, result(searcher.configs[trial_id], *args, **more))
+    config = searcher.configs[trial_id]
+    last = result(config, *args, **more)
+    searcher.on_trial_complete(trial_id, last)
+    note_end(searcher.ledger, config["trial"], last)
+
+
+def note_end(ledger: Ledger, trial: str, last: dict | None) -> None:
+    """Write down what the recorder would."""
+    status = "failed"
+    if last is not None:
+        known = dict.fromkeys(METRICS, 1.0) | {"reason": "", "shape": "{}", "epoch": 0}
+        ledger.report(known | last | {"trial": trial})
+        status = "stopped" if last["status"] == "running" else last["status"]
+    if ledger.records[trial].origin == "dense" and status == "finished":
+        status = "dense"
+    ledger.end(trial, status, "")
+
+
+def continued(searcher: PlanSearcher, **more: Any) -> PlanSearcher:
+    """Return the searcher of a driver that starts after this one was killed."""
+    space = searcher.proposer.space
+    return PlanSearcher(searcher.sweep, space, Ledger(searcher.sweep), clock=Clock(), **more)
 
 
 def lucky(config: dict) -> float:
@@ -415,32 +446,27 @@ def test_how_exact_top1_is_decides_what_is_a_near_miss(
 # Ends, and going on.
 
 
-def test_hours_are_counted_over_interruptions(searcher, tmp_path: Path) -> None:
+def test_hours_are_counted_over_interruptions(searcher) -> None:
     clock = Clock(100.0)
     one = searcher(trials=50, ladder=0, max_hours=1.0, clock=clock)
     one.suggest("t0")
     clock.seconds += 1500.0
     assert isinstance(one.suggest("t1"), dict)
-    one.save(str(tmp_path / "first"))
     clock.seconds += 60.0
-    one.save(str(tmp_path / "first"))  # Ray saves often; only the last counts
-
-    clock = Clock(9.0)
-    two = searcher(trials=50, ladder=0, max_hours=1.0, clock=clock)
-    clock.seconds = 500.0  # what passes before it is restored is not the sweep's
-    two.restore(str(tmp_path / "first"))
-    clock.seconds += 1500.0
-    assert isinstance(two.suggest("t2"), dict)
-    two.save(str(tmp_path / "second"))
-
-    clock = Clock(-70.0)
-    three = searcher(trials=50, ladder=0, max_hours=1.0, clock=clock)
-    three.restore(str(tmp_path / "second"))
-    clock.seconds += 539.0
-    assert isinstance(three.suggest("t3"), dict)
+    end(one, "t0")  # the last that is known of this driver
+    clock.seconds += 77_000.0
+    for seconds in (1500.0, 539.0):
+        ledger = Ledger(one.sweep, clock)
+        ledger.begin()
+        again = PlanSearcher(one.sweep, one.proposer.space, ledger, clock=clock)
+        interrupted = [again.suggest(f"r{i}") for i in range(len(again.interrupted))]
+        clock.seconds += seconds
+        asked = again.suggest("t3")
+        assert isinstance(asked, dict)
+        assert asked not in interrupted
     clock.seconds += 2.0
-    assert three.suggest("t4") == "FINISHED"
-    assert three.stopped == "max_hours = 1 have passed"
+    assert again.suggest("t4") == "FINISHED"
+    assert again.stopped == "max_hours = 1 have passed"
 
 
 def test_stagnation_ends_the_search_and_begins_the_next_phase(searcher) -> None:
@@ -475,66 +501,77 @@ def test_where_there_is_no_plan_at_all_the_sweep_fails(searcher) -> None:
         one.suggest("t1")
 
 
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_interrupted_anywhere_it_goes_on_the_same_way(
-    at_once: int, searcher, tmp_path: Path
+    at_once: int, sampler: str, searcher, tmp_path: Path
 ) -> None:
-    changes = {"trials": 10, "ladder": 1, "alone": 1, "refine": 0.4, "sampler": "tpe", **PHASES}
+    changes = {"trials": 10, "ladder": 1, "alone": 1, "refine": 0.4, "sampler": sampler, **PHASES}
     one = searcher(**changes)
     handed: list[dict] = []
     running: list[str] = []
-    seen: list[tuple[list[dict], list[str], str]] = []
+    seen: list[tuple[list[dict], list[dict], bytes]] = []
 
-    def save() -> None:
-        path = str(tmp_path / f"{len(seen)}")
-        one.save(path)
-        seen.append((list(handed), list(running), path))
+    def look() -> None:
+        still = [one.configs[trial] for trial in running]
+        seen.append((list(handed), still, one.ledger.journal.path.read_bytes()))
 
-    play(one, at_once, handed, running, save)
+    play(one, at_once, handed, running, look)
     origins = {"dense", "ladder", "alone", "search", "refined", "confirm", "final"}
     assert {c["origin"] for c in handed} == origins
     assert one.finished
-    space = one.proposer.space
-    for so_far, still, path in seen[1:]:
-        again = PlanSearcher(one.sweep, space, clock=Clock())
-        again.restore(path)
-        play(again, at_once, so_far, still, lambda: None)
+    for number, (so_far, still, content) in enumerate(seen):
+        sweep = one.sweep.model_copy(update={"storage": str(tmp_path / f"again-{number}")})
+        sweep.directory.mkdir(parents=True)
+        (sweep.directory / "ledger.jsonl").write_bytes(content)
+        again = PlanSearcher(sweep, one.proposer.space, Ledger(sweep), clock=Clock())
+        names = [f"again-{i}" for i in range(len(still))]
+        assert [again.suggest(name) for name in names] == still  # what ran, first
+        assert not again.finished
+        play(again, at_once, so_far, names, lambda: None)
         assert so_far == handed
         assert again.finished
         assert again.stopped == one.stopped
 
 
-def test_restored_it_is_not_finished(searcher, tmp_path: Path) -> None:
-    one = searcher(trials=2)
-    played(one)
-    one.save(str(tmp_path / "state"))
-    again = searcher(trials=2)
-    again.finished = True
-    again.restore(str(tmp_path / "state"))
-    assert not again.finished
-    assert again.suggest("t9") == "FINISHED"
-    assert again.finished
+def test_what_another_version_would_propose_otherwise_is_refused(searcher) -> None:
+    one = searcher()
+    for i in range(3):
+        one.suggest(f"t{i}")
+    path = one.ledger.journal.path
+    events = Ledger(one.sweep).past
+    events[2]["config"]["parameters"]["budget"] += 0.01
+    path.unlink()
+    for event in events:
+        Journal(path).append(event)
+    with pytest.raises(SweepError, match=r"trial 0001 of .* was proposed otherwise, .*start_f"):
+        continued(one)
 
 
-def test_what_was_running_is_told_after_going_on(searcher, tmp_path: Path) -> None:
+def test_ray_gets_nothing_to_save(searcher, tmp_path: Path) -> None:
+    searcher().save(str(tmp_path / "state"))
+    assert not (tmp_path / "state").exists()
+
+
+def test_what_was_running_is_told_after_going_on(searcher) -> None:
     one = searcher()
     for i in range(3):
         one.suggest(f"t{i}")
     end(one, "t1", 61.0)  # waits for the dense model
-    one.save(str(tmp_path / "state"))
-    again = searcher()
-    again.restore(str(tmp_path / "state"))
-    end(again, "t0", 70.0)
-    end(again, "t2", 62.0)
+    again = continued(one)
+    assert [again.suggest(f"r{i}")["trial"] for i in range(2)] == ["0000", "0002"]
+    end(again, "r0", 70.0)
+    end(again, "r1", 62.0)
     assert [(t.name, t.top1) for t in again.proposer.told] == [("0001", 61.0), ("0002", 62.0)]
     assert again.suggest("t3")["trial"] == "0003"
     assert one.proposer.told == []  # the two share nothing
 
 
 def test_an_earlier_front_is_tried_after_the_ladder(searcher, tiny) -> None:
-    sweep, space = (copy.deepcopy(v) for v in (searcher().sweep, searcher().proposer.space))
+    before = searcher()
+    sweep, space = (copy.deepcopy(v) for v in (before.sweep, before.proposer.space))
     earlier = [{**space.ladder()[0], "budget": 0.77, "grouped.slope": 0.3}]
-    one = PlanSearcher(sweep, space, earlier=earlier)
+    one = PlanSearcher(sweep, space, before.ledger, earlier=earlier)
     configs = [one.suggest(f"t{i}") for i in range(4)]
     assert [c["origin"] for c in configs] == ["dense", *["ladder"] * 2, "earlier"]
     assert configs[3]["parameters"] == earlier[0]

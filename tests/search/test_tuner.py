@@ -19,9 +19,9 @@ from pruners import PrunableViT, ViTShape, cost_of
 from pruners.evaluation import evaluate
 from search.__main__ import main
 from search.check import check
+from search.mlflow_runs import local_uri
 from search.results import read_front, read_trials
 from search.sweep_file import load_sweep
-from search.mlflow_runs import local_uri
 from search.trial_data import open_split
 from search.tuner import bundle, most_trials_at_once
 from tests.conftest import write_images
