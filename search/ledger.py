@@ -191,11 +191,6 @@ def writing_to(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def has_begun(directory: Path) -> bool:
-    """Whether a sweep's directory holds a ledger."""
-    return (directory / LEDGER).exists()
-
-
 def new_record(config: dict[str, Any]) -> TrialRecord:
     """Return the record of a trial that has just got its configuration."""
     values = json.loads(config["plan"])

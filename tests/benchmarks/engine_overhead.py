@@ -35,6 +35,8 @@ from ray.tune.search.optuna import OptunaSearch
 
 from pruners import PrunableViT
 from search.check import check
+from search.ledger import Ledger
+from search.mlflow_runs import SweepRuns
 from search.progress import Progress
 from search.recorder import Recorder
 from search.searcher import PlanSearcher
@@ -98,12 +100,15 @@ class TimedSearcher(PlanSearcher):
 def run_engine(sweep: Sweep, dense: PrunableViT, space: Space) -> Row:
     """Run a sweep's trials as `python -m search run` does."""
     sweep.directory.mkdir(parents=True)
-    tracker = Tracker.open(None, sweep.directory, sweep.name, sweep_toml(sweep))
+    ledger = Ledger(sweep)
+    runs = SweepRuns.open(None, sweep.directory, sweep.name, sweep_toml(sweep))
+    tracker = Tracker(runs, ledger.journal)
     progress = Progress(io.StringIO(), trials=sweep.trials, epochs=sweep.epochs)
-    recorder, searcher = TimedRecorder(sweep, tracker, progress), TimedSearcher(sweep, space)
+    recorder = TimedRecorder(ledger, tracker, progress)
+    searcher = TimedSearcher(sweep, space, ledger)
     recorder.ends = Ends()
     inputs = TrialInputs(sweep=sweep, dense=dense, start=dense, directory=sweep.directory)
-    run_trials(inputs, searcher, recorder, 1, resuming=False)
+    run_trials(inputs, searcher, recorder, 1)
     proposing = tuple(searcher.__dict__["seconds"][1:])
     return Row(loop="this engine", overhead=recorder.ends.overhead(), proposing=proposing)
 

@@ -10,9 +10,7 @@ trials since the row before; the first, in which libraries load, is left out of 
 
 Milliseconds are the driver's processor time, which other processes disturb less than the clock;
 what has a thread of its own (MLflow, and Ray's) is what the main thread did not take. Memory is
-what the resident set grew by. A snapshot is what Ray saves of searcher, rungs and recorder, here
-measured once per row and not counted in it; that Ray spends no more than a twentieth of the time on
-them is its own affair, and asks that `run_trials` does not force them.
+what the resident set grew by. At the end a second driver starts, and repeats what the ledger holds.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ import argparse
 import gc
 import io
 import os
-import pickle
 import random
 import tempfile
 import time
@@ -40,7 +37,9 @@ from simulated import SimulatedTrial, made_up
 import search.tuner
 from pruners import PrunableViT
 from search.check import check
-from search.moasha import MoAsha, RungState
+from search.ledger import Ledger
+from search.mlflow_runs import SweepRuns
+from search.moasha import MoAsha
 from search.progress import Progress
 from search.recorder import Recorder
 from search.searcher import PlanSearcher
@@ -66,7 +65,6 @@ class Row:
         ms: Part -> milliseconds per trial, of the processor; "all" is their sum and the rest.
         wall_ms: Milliseconds per trial by the clock.
         kilobytes: That the resident set grew by, per trial.
-        snapshot_s: Seconds of one snapshot of the engine's own state.
     """
 
     by: str
@@ -74,16 +72,13 @@ class Row:
     ms: dict[str, float]
     wall_ms: float
     kilobytes: float
-    snapshot_s: float
 
 
 class Meter:
     """Takes the time of calls by part, and a row whenever enough trials have ended."""
 
-    def __init__(
-        self, by: str, sizes: list[int], settle: Callable[[], None], snapshot: Callable[[], None]
-    ) -> None:
-        self.by, self.sizes, self.settle, self.snapshot = by, list(sizes), settle, snapshot
+    def __init__(self, by: str, sizes: list[int], settle: Callable[[], None]) -> None:
+        self.by, self.sizes, self.settle = by, list(sizes), settle
         self.inner = [0.0]
         self.rows: list[Row] = []
         self.ended = 0
@@ -122,8 +117,6 @@ class Meter:
         size, count = resident(), self.ended - self.first
         grown = size - self.rows_end if self.rows else 0
         self.rows_end = size
-        start = time.thread_time()
-        self.snapshot()
         seconds = {"all": cpu - self.spent.pop("made up", 0.0), **self.spent, "MLflow": cpu - main}
         row = Row(
             by=self.by,
@@ -131,7 +124,6 @@ class Meter:
             ms={part: 1e3 * took / count for part, took in seconds.items()},
             wall_ms=1e3 * wall / count,
             kilobytes=grown / count / 1024,
-            snapshot_s=time.thread_time() - start,
         )
         self.rows.append(row)
         print(line(row), flush=True)
@@ -183,20 +175,16 @@ def engine_of(by: str, folder: str, trials: int, sampler: str) -> Engine:
     sweep = load_sweep(ROOT / "search" / "sweeps" / "sample.toml", sets)
     dense, space = check(sweep)
     sweep.directory.mkdir(parents=True)
-    tracker = Tracker.open(None, sweep.directory, sweep.name, sweep_toml(sweep))
-    searcher = PlanSearcher(sweep, space)
+    ledger = Ledger(sweep)
+    runs = SweepRuns.open(None, sweep.directory, sweep.name, sweep_toml(sweep))
+    tracker = Tracker(runs, ledger.journal)
+    searcher = PlanSearcher(sweep, space, ledger)
     assert sweep.halving is not None
     scheduler = MoAsha(epochs=sweep.epochs, **sweep.halving.model_dump())
     progress = Progress(io.StringIO(), trials=trials, epochs=EPOCHS)
-    recorder = Metered(sweep, tracker, progress)
-
-    def snapshot() -> None:
-        searcher.save(str(sweep.directory / "searcher.pkl"))
-        states = [recorder.get_state(), RungState(scheduler).get_state()]
-        (sweep.directory / "callbacks.pkl").write_bytes(pickle.dumps(states))
-
+    recorder = Metered(ledger, tracker, progress)
     sizes = [*(size for size in ROWS if size < trials), trials]
-    recorder.meter = Meter(by, sizes, tracker.wait, snapshot)
+    recorder.meter = Meter(by, sizes, lambda: logged(tracker))
     return Engine(
         sweep=sweep,
         dense=dense,
@@ -205,6 +193,23 @@ def engine_of(by: str, folder: str, trials: int, sampler: str) -> Engine:
         recorder=recorder,
         meter=recorder.meter,
     )
+
+
+def logged(tracker: Tracker) -> None:
+    """Wait until MLflow is as far as the engine."""
+    assert tracker.wait(600.0), tracker.trouble
+
+
+def restart_s(engine: Engine) -> float:
+    """Processor time that a driver takes to be where this one is."""
+    start = time.thread_time()
+    ledger = Ledger(engine.sweep)
+    PlanSearcher(engine.sweep, engine.searcher.proposer.space, ledger)
+    assert engine.sweep.halving is not None
+    scheduler = MoAsha(epochs=EPOCHS, **engine.sweep.halving.model_dump())
+    scheduler.repeat(ledger.past)
+    assert scheduler.debug_string() == engine.scheduler.debug_string()
+    return time.thread_time() - start
 
 
 def feed(engine: Engine) -> None:
@@ -248,7 +253,7 @@ def run_on_ray(engine: Engine) -> None:
     sweep, dense = engine.sweep, engine.dense
     inputs = TrialInputs(sweep=sweep, dense=dense, start=dense, directory=sweep.directory)
     engine.meter.start()
-    search.tuner.run_trials(inputs, engine.searcher, engine.recorder, CONCURRENT, resuming=False)
+    search.tuner.run_trials(inputs, engine.searcher, engine.recorder, CONCURRENT)
 
 
 def resident() -> int:
@@ -261,7 +266,7 @@ def line(row: Row) -> str:
     parts = " | ".join(f"{row.ms[part]:.1f}" if part in row.ms else "" for part in PARTS)
     return (
         f"| {row.by} | {row.trials:,} | {row.ms['all']:.1f} | {parts} | {row.wall_ms:.0f} | "
-        f"{row.kilobytes:.0f} | {row.snapshot_s:.2f} |"
+        f"{row.kilobytes:.0f} |"
     )
 
 
@@ -279,10 +284,7 @@ def growth(rows: list[Row]) -> str:
 
 
 def table(runs: list[list[Row]]) -> str:
-    head = (
-        f"| by | trials | ms per trial | {' | '.join(PARTS)} | by the clock | KB per trial | "
-        "a snapshot, s |"
-    )
+    head = f"| by | trials | ms per trial | {' | '.join(PARTS)} | by the clock | KB per trial |"
     lines = [head, "|---" * (head.count("|") - 1) + "|"]
     lines += [line(row) for rows in runs for row in rows]
     return "\n".join([*lines, "", *(growth(rows) for rows in runs if len(rows) > 1)])
@@ -333,6 +335,8 @@ def main() -> None:
             engine = engine_of(by, folder, trials, args.sampler)
             run(engine)
             runs.append(engine.meter.rows)
+            if by == "fed":
+                print(f"a driver that starts again: {restart_s(engine):.1f} s", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     (out / "engine_scale.md").write_text(table(runs) + "\n")
     draw(runs, out / "engine_scale.png")
