@@ -1,7 +1,7 @@
 """Which plan comes next: first plans, then what Optuna asks for, then changes of the front's.
 
-Nothing here knows Ray, so that a benchmark can search without it. The study lives in memory; what
-is saved with the sweep's state is this object.
+Nothing here knows Ray, so that a benchmark can search without it. The study lives in memory: asked
+and told the same again, it comes to the same state.
 """
 
 from __future__ import annotations

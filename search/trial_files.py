@@ -1,8 +1,7 @@
 """What a trial leaves on the sweep's storage after each epoch: its model, and what resuming needs.
 
 Ray's own checkpoints are not used: whenever a trial has written two, Ray takes a snapshot of all
-trials, which takes longer the more there are; and a trial that ended after the last snapshot would
-run again. What lies here is found by the trial's name, however old Ray's snapshot is.
+trials, which takes longer the more there are. What lies here is found by the trial's name.
 """
 
 from __future__ import annotations

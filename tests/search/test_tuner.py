@@ -90,6 +90,13 @@ def test_a_sweep_from_command_to_front(
     assert main(["show", str(directory)]) == 0
     assert "Front of top-1" in capsys.readouterr().out
 
+    # A driver that was killed while it measured the front on test has no trial left to run.
+    (directory / "done").unlink()
+    assert main(["run", str(sweep_file), "--set", "trials=7"]) == 0
+    assert (directory / "front.json").read_bytes() == before
+    assert len(client.search_runs([experiment])) == 8
+    assert (directory / "done").exists()
+
     # An exported model opens and is as good as the front says.
     name = front.members[-1].trial
     out = sweep_file.parent / "exported"
