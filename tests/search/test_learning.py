@@ -16,10 +16,10 @@ from pruners.pruner import method_names
 from search.__main__ import main
 from search.check import check
 from search.learning import FOLDER, identity, learn_all, learn_once
+from search.mlflow_runs import local_uri
 from search.results import read_front, read_trials
 from search.sweep import SweepFailedError
 from search.sweep_file import load_sweep
-from search.tracking import local_uri
 from search.trial_data import calibration_batches, open_split
 
 QUICK = 'steps=[{method="x_pruner", mask_epochs=1, epochs=1}, {method="evit"}]'
