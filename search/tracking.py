@@ -59,7 +59,7 @@ class Tracker:
             time.sleep(WAIT_S)
         return True
 
-    def close(
+    def finish(
         self,
         front: Front,
         records: Sequence[TrialRecord],
@@ -73,13 +73,17 @@ class Tracker:
         with self._lock:
             self._writes = [partial(self.runs.close, front, records)]
         logged = self.wait(seconds)
-        self._end.set()
+        self.close()
         if not logged:
             raise SweepFailedError(
                 f"MLflow has not taken everything for {seconds:.0f} s "
                 f"({self.trouble or 'it is slow'}); the front is in {self.runs.directory}, "
                 "run the same command again to log it"
             )
+
+    def close(self) -> None:
+        """Log no more; a tracker of the same ledger goes on from here."""
+        self._end.set()
 
     def _is_current(self) -> bool:
         with self._lock:

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import TextIO
 
@@ -71,18 +72,19 @@ def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) ->
     ledger.begin()
     tracker = Tracker(runs, ledger.journal)
     progress = Progress(stream, trials=sweep.trials, epochs=sweep.epochs)
-    space = with_learned(sweep, dense, space, ledger, progress)
-    start = elastic_start(sweep, dense, space, ledger, progress)
-    searcher = PlanSearcher(sweep, space, ledger, earlier=earlier, val_images=val_images(sweep))
-    recorder = Recorder(ledger, tracker, progress)
-    directory = sweep.directory.resolve()
-    inputs = TrialInputs(sweep=sweep, dense=dense, start=start, directory=directory)
-    run_trials(inputs, searcher, recorder, concurrent)
-    if not searcher.finished or any(r.status == "running" for r in ledger.records.values()):
-        raise SweepInterruptedError(interrupted_line(sweep, list(ledger.records.values())))
-    progress.stopped(searcher.stopped)
-    searcher.export_study(sweep.directory / "study.db")
-    return finish(sweep, dense, ledger, tracker)
+    with closing(tracker):
+        space = with_learned(sweep, dense, space, ledger, progress)
+        start = elastic_start(sweep, dense, space, ledger, progress)
+        searcher = PlanSearcher(sweep, space, ledger, earlier=earlier, val_images=val_images(sweep))
+        recorder = Recorder(ledger, tracker, progress)
+        directory = sweep.directory.resolve()
+        inputs = TrialInputs(sweep=sweep, dense=dense, start=start, directory=directory)
+        run_trials(inputs, searcher, recorder, concurrent)
+        if not searcher.finished or any(r.status == "running" for r in ledger.records.values()):
+            raise SweepInterruptedError(interrupted_line(sweep, list(ledger.records.values())))
+        progress.stopped(searcher.stopped)
+        searcher.export_study(sweep.directory / "study.db")
+        return finish(sweep, dense, ledger, tracker)
 
 
 def earlier_front(sweep: Sweep) -> list[Parameters]:
@@ -295,7 +297,7 @@ def write_all(sweep: Sweep, tracker: Tracker, records: list[TrialRecord]) -> Fro
     with writing_to(sweep.directory):
         write_trials(sweep.directory / "trials.parquet", records)
         write_front(sweep.directory / "front.json", front)
-    tracker.close(front, records)
+    tracker.finish(front, records)
     (sweep.directory / DONE).touch()
     return front
 

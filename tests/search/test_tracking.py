@@ -40,7 +40,7 @@ def tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tracker
         monkeypatch.setattr(tracking, name, 0.01)
     one = Tracker(opened(tmp_path), Journal(tmp_path / "ledger.jsonl"))
     yield one
-    one._end.set()
+    one.close()
 
 
 def write(tracker: Tracker, events: list[dict[str, Any]]) -> None:
@@ -145,7 +145,7 @@ def test_the_latest_front_is_shown_when_its_trials_are_there(tracker: Tracker) -
 
 def test_a_sweep_ends_when_all_is_logged(tracker: Tracker) -> None:
     write(tracker, EVENTS)
-    tracker.close(FRONT, [DENSE, FIRST], seconds=30.0)
+    tracker.finish(FRONT, [DENSE, FIRST], seconds=30.0)
     parent = tracker.runs.client.get_run(tracker.runs.parent)
     assert parent.info.status == "FINISHED"
     assert histories(tracker.runs) == WHOLE
@@ -158,4 +158,4 @@ def test_a_sweep_that_cannot_be_logged_says_how_it_goes_on(tracker: Tracker) -> 
     tracker.runs.client.log_batch = log_batch
     write(tracker, EVENTS)
     with pytest.raises(SweepFailedError, match=r"\(no route to host\); the front is in .*again"):
-        tracker.close(FRONT, [DENSE, FIRST], seconds=0.3)
+        tracker.finish(FRONT, [DENSE, FIRST], seconds=0.3)

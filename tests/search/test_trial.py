@@ -15,8 +15,10 @@ from pruners import PrunableViT, ViTShape
 from pruners.evaluation import evaluate
 from pruners.training import FineTuner, NonFiniteLossError
 from search.check import check
+from search.ledger import Ledger
 from search.parquet import Images
 from search.searcher import PlanSearcher
+from search.sweep import Sweep
 from search.sweep_file import load_sweep
 from search.teacher import PREFIX, Teacher
 from search.trial import PlanTrial, TrialInputs
@@ -37,9 +39,14 @@ def inputs(sweep_file: Path) -> TrialInputs:
     return whole_inputs(sweep)
 
 
+def searcher_of(sweep: Sweep) -> PlanSearcher:
+    sweep.directory.mkdir(parents=True, exist_ok=True)
+    return PlanSearcher(sweep, check(sweep)[1], Ledger(sweep))
+
+
 @pytest.fixture
 def configs(inputs: TrialInputs) -> list[dict]:
-    searcher = PlanSearcher(inputs.sweep, check(inputs.sweep)[1])
+    searcher = searcher_of(inputs.sweep)
     return [searcher.suggest(f"t{i}") for i in range(4)]
 
 
@@ -187,7 +194,7 @@ def test_the_dense_model_is_never_changed(inputs, configs) -> None:
 def test_a_loss_that_is_not_finite_fails_by_name(sweep_file: Path) -> None:
     sweep = load_sweep(sweep_file, ["finetune.lr=1e30", "finetune.warmup=0.0", "epochs=3"])
     inputs = whole_inputs(sweep)
-    searcher = PlanSearcher(sweep, check(sweep)[1])
+    searcher = searcher_of(sweep)
     searcher.suggest("t0")
     last = run(trial(searcher.suggest("t1"), inputs))[-1]
     assert (last["status"], last["done"]) == ("failed", True)
@@ -207,7 +214,7 @@ def test_a_ramped_step_ends_at_its_budget(sweep_file: Path) -> None:
     steps = 'steps=[{method="taylor", ramp_epochs=2}]'
     sweep = load_sweep(sweep_file, [steps, "epochs=3"])
     inputs = whole_inputs(sweep)
-    searcher = PlanSearcher(sweep, check(sweep)[1])
+    searcher = searcher_of(sweep)
     searcher.suggest("t0")
     config = searcher.suggest("t1")
     results = run(trial(config, inputs))
@@ -221,7 +228,7 @@ def test_a_ramped_step_ends_at_its_budget(sweep_file: Path) -> None:
 def test_every_weight_method_runs_as_a_step(method: str, sweep_file: Path) -> None:
     sweep = load_sweep(sweep_file, [f'steps=[{{method="evit"}}, {{method="{method}"}}]'])
     inputs = whole_inputs(sweep)
-    searcher = PlanSearcher(sweep, check(sweep)[1])
+    searcher = searcher_of(sweep)
     searcher.suggest("t0")
     last = run(trial(searcher.suggest("t1"), inputs))[-1]
     assert last["status"] == "finished"
@@ -235,7 +242,7 @@ def test_every_token_method_runs_as_a_step_and_resumes(
     steps = f'steps=[{{method="grouped"}}, {{method="{method}"}}, {{method="magnitude"}}]'
     sweep = load_sweep(sweep_file, [steps, "epochs=3"])
     inputs = whole_inputs(sweep)
-    searcher = PlanSearcher(sweep, check(sweep)[1])
+    searcher = searcher_of(sweep)
     searcher.suggest("t0")
     config = searcher.suggest("t1")
     straight = trial(config, inputs)
@@ -378,7 +385,7 @@ def test_what_is_drawn_in_a_trial_is_its_own(inputs, configs) -> None:
 
 def test_a_loss_on_tokens_asks_the_teacher_live(sweep_file: Path, tmp_path: Path) -> None:
     inputs = inputs_with(sweep_file, 'steps=[{method="dynamic_vit"}]')
-    searcher = PlanSearcher(inputs.sweep, check(inputs.sweep)[1])
+    searcher = searcher_of(inputs.sweep)
     searcher.suggest("t0")
     one = trial(searcher.suggest("t1"), inputs)
     run(one)
