@@ -254,4 +254,4 @@ def _active_ms(events: list[Event]) -> int:
         if event["event"] == "began":
             total, start = total + last - start, event["time"]
         last = event["time"]
-    return total + last - start if events else 0
+    return total + last - start

@@ -59,7 +59,8 @@ class SweepRuns:
         self.trials = {line["trial"]: line["run"] for line in lines if "trial" in line}
         places = [line["place"] for line in lines if "place" in line]
         self.place = places[-1] if places else 0
-        self.members: set[str] | None = None  # unknown
+        self.members: set[str] | None = None  # that are tagged; None is unknown
+        self.shown: set[str] | None = None  # that the note and the pictures show
         self.redraw, self.again = -math.inf, True
 
     @classmethod
@@ -117,11 +118,13 @@ class SweepRuns:
 
     def show(self, front: Front, records: Sequence[TrialRecord]) -> None:
         """Show a front, if its members changed: tags, a note, and now and then pictures."""
-        if not self._mark(front):
+        self._mark(front)
+        if self.members == self.shown:
             return
         self._describe(front)
         if time.monotonic() >= self.redraw:
             self._draw(front, records)
+        self.shown = self.members
 
     def close(self, front: Front, records: Sequence[TrialRecord]) -> None:
         """Log the final front, with what was measured on test, and close the parent run."""
@@ -199,19 +202,17 @@ class SweepRuns:
                 return
         self.client.log_batch(run, metrics=metrics)
 
-    def _mark(self, front: Front) -> bool:
-        """Tag what is a member now and what is none any more; say whether anything was."""
+    def _mark(self, front: Front) -> None:
+        """Tag what is a member now and what is none any more."""
         if self.members is None:
             filter_ = f"tags.`mlflow.parentRunId` = '{self.parent}' AND tags.front = 'true'"
             found = self.client.search_runs([self.experiment], filter_, max_results=_MOST_RUNS)
             self.members = {run.data.tags["trial"] for run in found}
         members = {member.trial for member in front.members}
-        changed = members ^ self.members
-        for trial in sorted(changed):
+        for trial in sorted(members ^ self.members):
             value = "true" if trial in members else "false"
             self.client.set_tag(self.trials[trial], "front", value)
-            self.members ^= {trial}
-        return bool(changed)
+            self.members = self.members ^ {trial}
 
     def _describe(self, front: Front) -> None:
         self.client.log_dict(self.parent, front_json(front), "front.json")

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from mlflow.exceptions import MlflowException
+
 from search.journal import Journal
 from search.mlflow_runs import SweepRuns, first_line
 from search.results import Front, TrialRecord
@@ -40,19 +42,26 @@ class Tracker:
         self.runs, self.ledger = runs, ledger
         self.trouble = ""
         self._lock = threading.Lock()
-        self._writes: list[Callable[[], None]] = []  # what follows when the events are logged
+        self._write: Callable[[], None] | None = None  # what follows when the events are logged
+        self._failure: Exception | None = None
         self._wake, self._end = threading.Event(), threading.Event()
-        threading.Thread(target=self._follow, name="tracking", daemon=True).start()
+        threading.Thread(target=self._run, name="tracking", daemon=True).start()
 
     def show(self, front: Front, records: Sequence[TrialRecord]) -> None:
         """Show a front as soon as its trials are there; only the latest counts."""
         with self._lock:
-            self._writes = [partial(self.runs.show, front, records)]
+            self._write = partial(self.runs.show, front, records)
 
     def wait(self, seconds: float) -> bool:
-        """Wait until MLflow is as far as the ledger; False if it is not, after so many seconds."""
+        """Wait until MLflow is as far as the ledger; False if it is not, after so many seconds.
+
+        Raises:
+            Exception: What ended the thread, MLflow apart: a damaged ledger, or a mistake here.
+        """
         deadline = time.monotonic() + seconds
         while not self._is_current():
+            if self._failure is not None:
+                raise self._failure
             if time.monotonic() >= deadline:
                 return False
             self._wake.set()
@@ -65,16 +74,14 @@ class Tracker:
         records: Sequence[TrialRecord],
         seconds: float = LAST_PATIENCE_S,
     ) -> None:
-        """Log the final front, with what was measured on test, and end.
+        """Log the final front, with what was measured on test.
 
         Raises:
             SweepFailedError: If MLflow did not take everything.
         """
         with self._lock:
-            self._writes = [partial(self.runs.close, front, records)]
-        logged = self.wait(seconds)
-        self.close()
-        if not logged:
+            self._write = partial(self.runs.close, front, records)
+        if not self.wait(seconds):
             raise SweepFailedError(
                 f"MLflow has not taken everything for {seconds:.0f} s "
                 f"({self.trouble or 'it is slow'}); the front is in {self.runs.directory}, "
@@ -87,19 +94,26 @@ class Tracker:
 
     def _is_current(self) -> bool:
         with self._lock:
-            waiting = bool(self._writes)
+            waiting = self._write is not None
         return not waiting and not self.ledger.read_from(self.runs.place)
+
+    def _run(self) -> None:
+        try:
+            self._follow()
+        except Exception as error:  # raised by `wait`: nobody hears what a thread raises
+            self._failure = error
 
     def _follow(self) -> None:
         while not self._end.is_set():
             with self._lock:  # first: the trials of a front must be there
-                writes = list(self._writes)
+                write = self._write
             for event, place in self.ledger.read_from(self.runs.place):
                 self._persist(partial(self.runs.log, event, place))
-            for write in writes:
+            if write is not None:
                 self._persist(write)
-            with self._lock:
-                self._writes = [write for write in self._writes if write not in writes]
+                with self._lock:
+                    if self._write is write:  # else a later front waits
+                        self._write = None
             self._wake.wait(POLL_S)
             self._wake.clear()
 
@@ -109,7 +123,7 @@ class Tracker:
         while not self._end.is_set():
             try:
                 write()
-            except Exception as error:  # a store raises what its database or its network does
+            except (MlflowException, OSError) as error:  # what databases raise, MLflow wraps
                 self.runs.again, self.trouble = True, first_line(error)
                 self._end.wait(pause)
                 pause = min(2.0 * pause, LONGEST_PAUSE_S)

@@ -159,3 +159,37 @@ def test_a_sweep_that_cannot_be_logged_says_how_it_goes_on(tracker: Tracker) -> 
     write(tracker, EVENTS)
     with pytest.raises(SweepFailedError, match=r"\(no route to host\); the front is in .*again"):
         tracker.finish(FRONT, [DENSE, FIRST], seconds=0.3)
+
+
+@pytest.mark.parametrize("method", ["set_tag", "log_dict"])
+def test_a_front_is_shown_whole_however_often_that_fails(method: str, tracker: Tracker) -> None:
+    client = tracker.runs.client
+    write(tracker, EVENTS)
+    assert tracker.wait(10.0)
+    works, fails = getattr(client, method), [True, True]
+
+    def once(*args: Any, **more: Any) -> None:
+        if fails and fails.pop():
+            raise ConnectionError("no route to host")
+        works(*args, **more)
+
+    setattr(client, method, once)
+    tracker.show(FRONT, [DENSE, FIRST])
+    assert tracker.wait(10.0)
+    parent = client.get_run(tracker.runs.parent)
+    assert FIRST.name in parent.data.tags["mlflow.note.content"]
+    assert "front.json" in {f.path for f in client.list_artifacts(tracker.runs.parent)}
+
+
+def test_a_mistake_of_ours_is_raised_and_not_tried_again(tracker: Tracker) -> None:
+    tries: list[int] = []
+
+    def log(event: dict[str, Any], place: int) -> None:
+        tries.append(place)
+        raise ZeroDivisionError("ours")
+
+    tracker.runs.log = log  # type: ignore[method-assign]
+    write(tracker, EVENTS)
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        tracker.wait(10.0)
+    assert len(tries) == 1
