@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -27,6 +27,10 @@ _CHECK_EVERY = 10  # steps; reading the loss waits for the device
 
 class NonFiniteLossError(ArithmeticError):
     """The training loss became infinite or not a number."""
+
+
+class TrainingLeftError(RuntimeError):
+    """An epoch was left before its end, as was asked for; `state_dict` says where."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +77,12 @@ class FineTuner:
     The loss is (1 - distill) * CE + distill * T^2 * KL(teacher || student), the divergence summed
     over classes and averaged over the batch (Hinton et al., 2015, arXiv:1503.02531), plus the
     model's own `aux_loss`. The teacher's logits come with the batches, or from the teacher itself.
+
+    Attributes:
+        parts: In how many parts a batch is passed through the model, whose gradients add up: more
+            need less memory. The update is the same but for rounding, and for what is random or
+            compares images of a batch (drop path, the losses of token selectors).
+        steps: Batches of the running epoch so far; 0 between epochs.
     """
 
     def __init__(
@@ -92,8 +102,11 @@ class FineTuner:
                 all batches carry its logits and the model has no `token_loss`.
         """
         self.vit, self.recipe, self.teacher = vit, recipe, teacher
+        self.parts, self.steps = 1, 0
         self.device = next(vit.parameters()).device
         self.autocast = autocast_dtype(recipe.precision, self.device)
+        self._total = torch.zeros((), device=self.device)  # loss of the running epoch so far
+        self._random: dict[str, Tensor] | None = None  # generators of an epoch that goes on
         vit.use_fused_attention(fused=self.device.type == "cuda")
         total = max(1, recipe.epochs * steps_per_epoch)
         self.selectors = [
@@ -119,53 +132,93 @@ class FineTuner:
         """
         return self.train_taught((images, labels, None) for images, labels in batches)
 
-    def train_taught(self, batches: TaughtBatches) -> float:
+    def train_taught(
+        self, batches: TaughtBatches, leave: Callable[[], bool] = lambda: False
+    ) -> float:
         """Train on batches that carry the teacher's logits, and return the mean loss.
+
+        Args:
+            batches: Of one epoch; if it was left and goes on, those that it has not had.
+            leave: Asked after each batch whether to stop there.
 
         Raises:
             NonFiniteLossError: If the loss is not finite.
+            TrainingLeftError: If `leave` says so.
             ValueError: If there are no batches, or if a teacher is needed and there is none.
         """
         self.vit.train()
+        self._restore_generators()
         layers = dict(self.vit.linears())
         masks = {site: mask.to(self.device) for site, mask in self.vit.masks.items()}
-        total, steps = torch.zeros((), device=self.device), 0
         for images, labels, answers in batches:
-            total += self._step(images.to(self.device), labels.to(self.device), answers)
+            self._total += self._step(images.to(self.device), labels.to(self.device), answers)
             apply_masks(layers, masks)
-            steps += 1
-            if steps % _CHECK_EVERY == 0:
-                _check_finite(total, steps)
-        if steps == 0:
+            self.steps += 1
+            if self.steps % _CHECK_EVERY == 0:
+                _check_finite(self._total, self.steps)
+            if leave():
+                raise TrainingLeftError(f"left after {self.steps} steps of the epoch")
+        if self.steps == 0:
             raise ValueError("an epoch has no batches; give more images or a smaller batch_size")
-        _check_finite(total, steps)
-        return total.item() / steps
+        _check_finite(self._total, self.steps)
+        mean = self._total.item() / self.steps
+        self._total, self.steps = torch.zeros_like(self._total), 0
+        return mean
 
     def state_dict(self) -> dict[str, Any]:
-        """State of the optimiser and the schedule."""
-        return {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict()}
+        """State of the optimiser, the schedule, the running epoch and the random generators."""
+        generators = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            generators["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "steps": self.steps,
+            "total": self._total.cpu(),
+            "generators": generators,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
+        self.steps, self._total = state["steps"], state["total"].to(self.device)
+        self._random = state["generators"] if self.steps else None
+
+    def _restore_generators(self) -> None:
+        """Let an epoch that goes on draw what it would have drawn."""
+        if self._random is not None:
+            torch.set_rng_state(self._random["cpu"])
+            if "cuda" in self._random and self.device.type == "cuda":
+                torch.cuda.set_rng_state(self._random["cuda"], self.device)
+        self._random = None
 
     def _step(self, images: Tensor, labels: Tensor, answers: Tensor | None) -> Tensor:
         if self.schedule.last_epoch >= self.settles_at:
             for selector in self.selectors:
                 selector.eval()
+        self.optimizer.zero_grad(set_to_none=True)
+        size = -(-len(labels) // self.parts)
+        loss = torch.zeros((), device=self.device)
+        for start in range(0, len(labels), size):
+            part = slice(start, start + size)
+            of_part = self._loss_of(
+                images[part], labels[part], None if answers is None else answers[part]
+            ) * (len(labels[part]) / len(labels))
+            of_part.backward()
+            loss += of_part.detach()
+        torch.nn.utils.clip_grad_norm_(self.vit.parameters(), self.recipe.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        return loss
+
+    def _loss_of(self, images: Tensor, labels: Tensor, answers: Tensor | None) -> Tensor:
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             tokens = self.vit.tokens(images)
             logits = self.vit.classify(tokens).float()
             taught, targets = self._teach(images, answers)
             aux = self.vit.aux_loss(tokens, taught).float()
-        loss = self._loss(logits, labels, targets) + aux
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.vit.parameters(), self.recipe.clip)
-        self.optimizer.step()
-        self.schedule.step()
-        return loss.detach()
+        return self._loss(logits, labels, targets) + aux
 
     def _teach(self, images: Tensor, answers: Tensor | None) -> tuple[Tokens | None, Tensor | None]:
         """Return the teacher's tokens, where it has to be asked, and its logits [B, classes]."""

@@ -12,9 +12,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from pruners import Plan
@@ -22,8 +20,9 @@ from search.constraints import violated
 from search.growing_front import GrowingFront
 from search.journal import Journal
 from search.results import TrialRecord
-from search.sweep import Sweep, SweepFailedError
+from search.sweep import Sweep
 from search.trial_files import model_path
+from search.writing import writing_to
 
 LEDGER = "ledger.jsonl"
 """File of a sweep's directory that holds its events.
@@ -173,22 +172,6 @@ class Ledger:
             drop=_drop(record, dense),
         )
         return dataclasses.replace(record, violates=found)
-
-
-@contextmanager
-def writing_to(directory: Path) -> Iterator[None]:
-    """Stop a sweep whose directory cannot be written to.
-
-    Raises:
-        SweepFailedError: Instead of an OSError.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise SweepFailedError(
-            f"{directory} cannot be written to: {error.strerror or error}; nothing that was "
-            "finished is lost: mend it and run the same command again"
-        ) from error
 
 
 def new_record(config: dict[str, Any]) -> TrialRecord:

@@ -82,6 +82,10 @@ class Progress:
         """Note a trial's latest epoch."""
         self.running[record.trial] = record
 
+    def goes_on(self, record: TrialRecord, reason: str) -> None:
+        """Say that a trial goes on in another process, and why."""
+        self._say(f"{self._count()} {record.name} goes on elsewhere: {reason}")
+
     def ended_with(self, record: TrialRecord, front: Front | None) -> None:
         """Print the line of a trial that has ended."""
         self.running.pop(record.trial, None)
@@ -129,6 +133,7 @@ def trial_line(record: TrialRecord) -> str:
         return (
             f"{record.name}: val {record.val_top1:.1f} %, {record.gmacs:.4g} GMACs "
             f"({record.effective_gmacs:.4g} effective), {duration(record.seconds)}"
+            + (f" ({record.reason})" if record.reason else "")
         )
     return f"{record.name}: {record.status}" + (f", {record.reason}" if record.reason else "")
 

@@ -6,16 +6,20 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ray import tune
 from ray.tune.experiment import Trial
 
-from search.ledger import Ledger, writing_to
+from search.hang import has_hung
+from search.ledger import Ledger
 from search.progress import Progress
 from search.results import write_front, write_trials
 from search.sweep import SweepFailedError
 from search.tracking import Tracker
+from search.trial_files import hung_path
+from search.writing import writing_to
 
 REST = 19.0
 """How long the tables stay as they are, in multiples of the time that writing them took.
@@ -23,6 +27,9 @@ REST = 19.0
 They hold all trials, so that a larger sweep takes longer to write them: at most a twentieth of its
 time, however large it is.
 """
+
+NODE_MEMORY = "RAY_memory_usage_threshold"
+"""What Ray says when it ended a process because its node's memory was full."""
 
 PATIENCE_S = 30.0
 """How long the end of the trials waits for MLflow; what is missing is logged later."""
@@ -60,6 +67,7 @@ class Recorder(tune.Callback):
         """Take an epoch's metrics, unless they are known: a trial that starts anew repeats them."""
         with self._stopping():
             if self.failure is None and self.ledger.report(result):
+                trial.run_metadata.num_failures = 0  # only those in a row count
                 self.progress.epoch(self.ledger.records[result["trial"]])
 
     def on_trial_complete(
@@ -72,11 +80,27 @@ class Recorder(tune.Callback):
             status = "dense"
         self._end(record.trial, status, record.reason)
 
+    def on_trial_recover(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        """Say why a trial has to go on in another process.
+
+        One that its node ran out of memory for will pass its batches in twice as many parts.
+        """
+        name, reason = trial.config["trial"], self._reason(trial)
+        self._stop_if_unwritable(reason)
+        if NODE_MEMORY in last_failure(trial):
+            trial.config["parts"] = 2 * trial.config.get("parts", 1)
+            reason = f"its node ran out of memory; batches in {trial.config['parts']} parts"
+        self.progress.goes_on(self.ledger.records[name], reason)
+
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
         """Close the record of a trial that Ray gave up."""
-        self._end(trial.config["trial"], "failed", error_line(trial))
+        reason = self._reason(trial)
+        self._stop_if_unwritable(reason)
+        self._end(trial.config["trial"], "failed", reason)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Let the terminal show that the sweep is alive, and the tables follow.
@@ -104,6 +128,21 @@ class Recorder(tune.Callback):
             self._write_tables_if_due()
             self.progress.ended_with(record, front)
 
+    def _reason(self, trial: Trial) -> str:
+        """Say in a line why a trial's process failed."""
+        sweep, hung = self.ledger.sweep, hung_path(trial.config["trial"])
+        if has_hung(sweep.directory / hung):
+            limit = f"max_epoch_hours = {sweep.max_epoch_hours:g}"
+            return f"timed out: an epoch took longer than {limit}; {hung} says where it hung"
+        lines = [line.strip() for line in last_failure(trial).splitlines() if line.strip()]
+        return lines[-1] if lines else "the trial's process died"
+
+    def _stop_if_unwritable(self, reason: str) -> None:
+        """Stop the sweep if a trial could not be saved: none could."""
+        _, failed, what = reason.partition(f"{SweepFailedError.__name__}: ")
+        if failed and self.failure is None:
+            self.failure = SweepFailedError(what)
+
     @contextmanager
     def _stopping(self) -> Iterator[None]:
         """Let the sweep stop at the end of a step: Ray logs what is raised where a trial ends."""
@@ -129,8 +168,8 @@ class Recorder(tune.Callback):
         self.written, self.due = True, self.clock() + REST * (self.clock() - start)
 
 
-def error_line(trial: Trial) -> str:
-    """Return the last line of what went wrong in a trial."""
-    error = trial.get_pickled_error() or trial.get_error()
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else "the trial's process died"
+def last_failure(trial: Trial) -> str:
+    """Return what Ray says of a trial's last failure; empty if it says nothing."""
+    if trial.error_file is None or not Path(trial.error_file).exists():
+        return ""
+    return Path(trial.error_file).read_text().rpartition("Failure # ")[2]

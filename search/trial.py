@@ -6,59 +6,29 @@ import copy
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from ray import tune
+from ray.exceptions import RayActorError
 from torch import Tensor
 
 from pruners import Plan, PrunableViT, cost_of
 from pruners.evaluation import Evaluation, evaluate, measured_rate
 from pruners.learned import Learned
-from pruners.training import FineTuner, NonFiniteLossError, Recipe
+from pruners.training import FineTuner, NonFiniteLossError, Recipe, TrainingLeftError
 from search.augment import Epoch
-from search.node_model import Packed, pack, unpack
-from search.sweep import Sweep
+from search.hang import ends_if_hung
+from search.memory import is_out_of_memory
+from search.notice import Notice
 from search.trial_data import Calibration, make_teacher, mixed_seed, open_split, trial_device
 from search.trial_files import Saved, TrialFiles
+from search.trial_inputs import TrialInputs
 
 LATENCY_BATCHES = 5
 """Batches that a model's speed is the median of; one more before them warms up."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrialInputs:
-    """What all trials of a sweep share; Ray keeps it once per node, weights included.
-
-    Attributes:
-        sweep: The sweep.
-        dense: The dense model, on the CPU; its weights must not be changed in place.
-        start: The model that plans cut, of the same shape: the dense one, or the dense one tuned
-            for cuts.
-        directory: The sweep's, which all nodes see under this path.
-    """
-
-    sweep: Sweep
-    dense: PrunableViT
-    start: PrunableViT
-    directory: Path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the weights in a way that they are not copied into each process."""
-        start = None if self.start is self.dense else pack(self.start)
-        return _inputs, (self.sweep, pack(self.dense), start, self.directory)
-
-
-Apart = tuple[PrunableViT, dict[str, Packed]]
-"""A model without its weights, and these."""
-
-
-def _inputs(sweep: Sweep, dense: Apart, start: Apart | None, directory: Path) -> TrialInputs:
-    whole = unpack(*dense)
-    begin = unpack(*start) if start else whole
-    return TrialInputs(sweep=sweep, dense=whole, start=begin, directory=directory)
 
 
 class PlanTrial(tune.Trainable):
@@ -70,9 +40,12 @@ class PlanTrial(tune.Trainable):
     trial goes on as if nothing had happened; another `seed` in the configuration, 0 by default,
     trains the same plan on another stream of images.
 
-    What it comes to is saved after each epoch (`search.trial_files`). A trial that starts anew,
-    since its actor or the whole sweep died, first reports again what was saved: the driver may not
-    have heard all of it.
+    What it comes to is saved after each epoch (`search.trial_files`), and in the middle of one if
+    its process is told to end. A trial that starts anew, since its actor or the whole sweep died,
+    first reports again what was saved: the driver may not have heard all of it.
+
+    A trial that runs out of memory goes back to what was saved and passes batches in twice as many
+    parts; one whose epoch takes longer than `max_epoch_hours` has its process ended.
     """
 
     vit: PrunableViT
@@ -85,7 +58,7 @@ class PlanTrial(tune.Trainable):
         """Prepare the actor, then the first trial."""
         if inputs is None:
             raise ValueError("inputs is None; give TrialInputs through tune.with_parameters")
-        self.sweep, self.directory = inputs.sweep, inputs.directory
+        self.sweep, self.directory, self.notice = inputs.sweep, inputs.directory, Notice()
         torch.set_num_threads(max(1, int(self.sweep.resources.cpu)))
         self.device = trial_device(self.sweep)
         self.dense = inputs.dense.eval().requires_grad_(False)
@@ -104,24 +77,46 @@ class PlanTrial(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """Run one epoch and return its metrics; the last result of a trial has `done`."""
+        """Run one epoch and return its metrics; the last result of a trial has `done`.
+
+        Raises:
+            RayActorError: If the process is to end; what the trial has come to is saved.
+        """
         if self.repeats:
             return self.repeats.pop(0)
-        start = time.perf_counter()
+        with (
+            ends_if_hung(self.files.hung, 3600.0 * self.sweep.max_epoch_hours),
+            self.notice.heeded(),
+        ):
+            result = self._step()
+        if self.notice.given():
+            raise self._gone()  # what was saved is reported by the process that comes next
+        return result
+
+    def _step(self) -> dict[str, Any]:
+        start, fits = time.perf_counter(), True
         status, reason, loss = "running", "", 0.0
         try:
-            if self.epoch < 0:
-                self._cut()
-            else:
-                self.plan.ramp(self.vit, self.calibration, self.epoch + 1)
-                loss = self.tuner.train_taught(self._train_batches())
+            loss = self._cut() if self.epoch < 0 else self._train()
             self.measured = evaluate(self.vit, self._val_batches())
             if self.epoch < 0:
                 self.latency_ms = self._latency_ms()
                 reason = self._too_slow()
                 status = "stopped" if reason else status
+        except TrainingLeftError:
+            taken = self.seconds + time.perf_counter() - start
+            self.files.save(self.vit, self.results, self.tuner.state_dict(), taken)
+            raise self._gone() from None
         except NonFiniteLossError as error:
             status, reason = "failed", f"epoch {self.epoch + 1}: {error}"
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            fits = False  # go on outside: the error holds what filled the memory
+        if not fits:
+            if 2 * self.parts <= self.sweep.data.batch_size:
+                return self._again_in_more_parts(time.perf_counter() - start)
+            status, reason = "failed", f"epoch {self.epoch + 1}: out of memory"
         self.epoch += 1
         if status == "running" and self.epoch >= self.config["epochs"]:
             status = "finished"
@@ -129,16 +124,34 @@ class PlanTrial(tune.Trainable):
         self.results.append(self._result(status, reason, loss))
         if status != "failed":
             tuner = self.tuner.state_dict() if status == "running" else None
-            self.files.save(self.vit, self.results, tuner)
+            self.files.save(self.vit, self.results, tuner, self.seconds)
         return dict(self.results[-1])  # Ray adds to it
+
+    def _gone(self) -> RayActorError:
+        """Return what Ray moves a trial for, without counting it as a failure."""
+        return RayActorError(error_msg="the trial's process was told to end", preempted=True)
+
+    def _again_in_more_parts(self, taken: float) -> dict[str, Any]:
+        """Run an epoch that did not fit into memory from its start: what it changed is not kept."""
+        del self.vit
+        self.__dict__.pop("tuner", None)  # there is none before the cut
+        self._begin({**self.config, "parts": 2 * self.parts})
+        self.repeats, self.seconds = [], self.seconds + taken
+        return self._step()
 
     def _begin(self, config: dict[str, Any]) -> None:
         self.config = config
         self.plan = Plan.from_json(json.loads(config["plan"]))
         self.files = TrialFiles(self.directory, config)
+        self.parts = self.config.get("parts", 1)  # that a batch is passed in
         self.results: list[dict[str, Any]] = []
         self.repeats: list[dict[str, Any]] = []  # to be reported again
-        if (saved := self.files.load()) is not None:
+        self.remark = ""
+        try:
+            saved = self.files.load()
+        except ValueError as error:  # what is damaged is never used
+            saved, self.remark = None, f"began anew: {error}"
+        if saved is not None:
             self._continue(saved)
             return
         self.epoch, self.seconds, self.latency_ms = -1, 0.0, 0.0
@@ -152,7 +165,8 @@ class PlanTrial(tune.Trainable):
         """Go on from what was saved."""
         self.results, last = saved.results, saved.results[-1]
         self.repeats = [dict(result) for result in saved.results]
-        self.epoch, self.seconds = last["epoch"], last["seconds"]
+        self.remark = last["reason"]
+        self.epoch, self.seconds = last["epoch"], saved.seconds
         self.latency_ms = last["latency_ms"]
         self.measured = Evaluation(
             top1=last["val_top1"],
@@ -165,12 +179,19 @@ class PlanTrial(tune.Trainable):
             self._new_tuner()
             self.tuner.load_state_dict(saved.tuner)
 
-    def _cut(self) -> None:
+    def _cut(self) -> float:
         torch.manual_seed(self._trial_seed(0))
         path = self.config.get("learned", "")
         learned = Learned.load(Path(path)) if path else None
         self.plan.apply(self.vit, self.calibration, learned)
         self._new_tuner()
+        return 0.0  # no loss
+
+    def _train(self) -> float:
+        """Train an epoch, or what is left of one; return its mean loss."""
+        if self.tuner.steps == 0:
+            self.plan.ramp(self.vit, self.calibration, self.epoch + 1)
+        return self.tuner.train_taught(self._train_batches(), self.notice.given)
 
     def _latency_ms(self) -> float:
         """Return the time per image; measured for itself where the sweep asks for speed."""
@@ -203,24 +224,27 @@ class PlanTrial(tune.Trainable):
         self.answered = distils and kept
         live = self.teacher.live if distils and not kept else None
         self.tuner = FineTuner(self.vit, recipe, steps, live)
+        self.tuner.parts = self.parts
 
     def _train_batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         number = self.epoch + 1
         stream = Epoch(mixed_seed(self.sweep.seed, self._own_seed()), number)
         answers = self.teacher.answers(stream) if self.answered else None
-        torch.manual_seed(self._trial_seed(number))  # dropout and drop path
-        for images, labels, rows in self.train_images.numbered(
+        done = self.tuner.steps
+        if done == 0:  # else the generators are where they were
+            torch.manual_seed(self._trial_seed(number))  # dropout and drop path
+        batches = self.train_images.numbered(
             self.sweep.data.batch_size,
             order=stream,
             views=stream if self.sweep.finetune.augment else None,
             device=self.device,
-        ):
+        )
+        for images, labels, rows in islice(batches, done, None):
             yield images, labels, None if answers is None else torch.from_numpy(answers[rows])
 
     def _val_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return self.val_images.batches(
-            self.sweep.data.eval_batch_size, seed=None, augment=False, device=self.device
-        )
+        size = max(1, self.sweep.data.eval_batch_size // self.parts)
+        return self.val_images.batches(size, seed=None, augment=False, device=self.device)
 
     def _trial_seed(self, epoch: int) -> int:
         return mixed_seed(self.sweep.seed, self._own_seed(), int(self.config["trial"]), epoch)
@@ -235,7 +259,7 @@ class PlanTrial(tune.Trainable):
             "trial": self.config["trial"],
             "epoch": self.epoch,
             "status": status,
-            "reason": reason,
+            "reason": reason or self.remark,
             "val_top1": self.measured.top1,
             "val_loss": self.measured.loss,
             "train_loss": loss,

@@ -17,6 +17,7 @@ from search.model import image_spec
 from search.parquet import Images, default_cache, open_images
 from search.sweep import Sweep
 from search.teacher import Teacher
+from search.trial_files import check_model
 
 
 class Calibration:
@@ -99,7 +100,12 @@ def calibration_batches(
 
 
 def measure_on_test(directory: Path, sweep: Sweep, dense: PrunableViT) -> float:
-    """Measure a saved model on the test split, in percent."""
+    """Measure a trial's model on the test split, in percent.
+
+    Raises:
+        ValueError: If it is not what the trial left.
+    """
+    check_model(directory)
     torch.set_num_threads(max(1, int(sweep.resources.cpu)))
     device = trial_device(sweep)
     vit = PrunableViT.load(directory).to(device)

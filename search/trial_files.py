@@ -1,5 +1,7 @@
 """What a trial leaves on the sweep's storage after each epoch: its model, and what resuming needs.
 
+A trial that has to go in the middle of an epoch leaves the same.
+
 Ray's own checkpoints are not used: whenever a trial has written two, Ray takes a snapshot of all
 trials, which takes longer the more there are. What lies here is found by the trial's name.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +21,12 @@ import torch
 from pruners import PrunableViT
 from pruners.checkpoint import SHAPE, WEIGHTS
 from search.digests import file_digest, json_digest
+from search.writing import writing_to
 
 MODELS = "models"
 """Folder of a sweep's directory that holds a folder for each trial."""
 
-RESULTS, TUNER = "results.json", "tuner.pt"
+RESULTS, TUNER, HUNG = "results.json", "tuner.pt", "hung.txt"
 DECISIVE = ("plan", "origin", "epochs", "seed", "learned", "cost_ratio")
 """What of a configuration decides what comes of a trial."""
 
@@ -34,12 +38,14 @@ class Saved:
     Attributes:
         results: What it reported, epoch by epoch.
         directory: Its model, as `PrunableViT.save` wrote it.
-        tuner: State of its `FineTuner`; None if it has ended.
+        tuner: State of its `FineTuner`, perhaps in the middle of an epoch; None if it has ended.
+        seconds: What it had run.
     """
 
     results: list[dict[str, Any]]
     directory: Path
     tuner: dict[str, Any] | None
+    seconds: float
 
 
 class TrialFiles:
@@ -47,22 +53,51 @@ class TrialFiles:
 
     def __init__(self, sweep_directory: Path, config: dict[str, Any]) -> None:
         """Name the files of the trial with this configuration; nothing is read or written."""
-        self.directory = sweep_directory / MODELS / config["trial"]
+        self.sweep_directory, self.trial = sweep_directory, config["trial"]
+        self.directory = sweep_directory / MODELS / self.trial
         self.identity = json_digest({key: config.get(key) for key in DECISIVE})
 
+    @property
+    def hung(self) -> Path:
+        """File that says where the trial hung, if it did."""
+        return self.sweep_directory / hung_path(self.trial)
+
     def save(
-        self, vit: PrunableViT, results: list[dict[str, Any]], tuner: dict[str, Any] | None
+        self,
+        vit: PrunableViT,
+        results: list[dict[str, Any]],
+        tuner: dict[str, Any] | None,
+        seconds: float,
     ) -> None:
-        """Write what a trial has come to; what it had come to before is removed."""
-        last = results[-1]
-        target = self.directory / model_name(last["epoch"])
+        """Write what a trial has come to; what it had come to before is removed.
+
+        Raises:
+            SweepFailedError: If the directory cannot be written to.
+        """
+        with writing_to(self.directory):
+            self._save(vit, results, tuner, seconds)
+
+    def _save(
+        self,
+        vit: PrunableViT,
+        results: list[dict[str, Any]],
+        tuner: dict[str, Any] | None,
+        seconds: float,
+    ) -> None:
+        last, steps = results[-1], tuner["steps"] if tuner is not None else 0
+        target = self.directory / model_name(last["epoch"], steps)
         temporary = self.directory / f".{target.name}.{os.uname().nodename}.{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)
         vit.save(temporary, measured={"val_top1": last["val_top1"], "epoch": last["epoch"]})
         if tuner is not None:
             torch.save(tuner, temporary / TUNER)
         digests = {path.name: file_digest(path) for path in sorted(temporary.iterdir())}
-        saved = {"identity": self.identity, "digests": digests, "results": results}
+        saved = {
+            "identity": self.identity,
+            "digests": digests,
+            "results": results,
+            "seconds": seconds,
+        }
         (temporary / RESULTS).write_text(json.dumps(saved))
         shutil.rmtree(target, ignore_errors=True)  # of another trial of this name
         os.replace(temporary, target)
@@ -85,19 +120,17 @@ class TrialFiles:
             if saved["identity"] != self.identity:
                 return None
             digests, results = dict(saved["digests"]), list(saved["results"])
-            ended = results[-1]["status"] != "running"
+            ended, seconds = results[-1]["status"] != "running", float(saved["seconds"])
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             raise ValueError(_damaged(path)) from error
         expected = {WEIGHTS, SHAPE} if ended else {WEIGHTS, SHAPE, TUNER}
         if digests.keys() != expected:
             raise ValueError(_damaged(path))
-        for name, digest in digests.items():
-            if not (path.parent / name).is_file() or file_digest(path.parent / name) != digest:
-                raise ValueError(_damaged(path.parent / name))
+        _check_digests(path.parent, digests)
         tuner = None
         if not ended:
             tuner = torch.load(path.parent / TUNER, map_location="cpu", weights_only=True)
-        return Saved(results=results, directory=path.parent, tuner=tuner)
+        return Saved(results=results, directory=path.parent, tuner=tuner, seconds=seconds)
 
 
 def model_path(trial: str, epoch: int) -> str:
@@ -105,10 +138,37 @@ def model_path(trial: str, epoch: int) -> str:
     return f"{MODELS}/{trial}/{model_name(epoch)}"
 
 
-def model_name(epoch: int) -> str:
-    """Return the name of the folder of an epoch's model; epochs sort by it."""
-    return f"epoch-{epoch:04d}"
+def hung_path(trial: str) -> str:
+    """Return where it is written where a trial hung, below the sweep's directory."""
+    return f"{MODELS}/{trial}/{HUNG}"
+
+
+def model_name(epoch: int, steps: int = 0) -> str:
+    """Return the name of the folder of a model, so many steps after an epoch; they sort by it."""
+    return f"epoch-{epoch:04d}" + (f"-{steps:06d}" if steps else "")
+
+
+def check_model(directory: Path) -> None:
+    """Check that a model that a trial left is what was written.
+
+    Raises:
+        ValueError: If a file is not, in one line.
+    """
+    path = directory / RESULTS
+    try:
+        digests = json.loads(path.read_text())["digests"]
+        wanted = {name: digests[name] for name in (WEIGHTS, SHAPE)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(_damaged(path)) from error
+    _check_digests(directory, wanted)
+
+
+def _check_digests(directory: Path, digests: Mapping[str, str]) -> None:
+    for name, digest in digests.items():
+        path = directory / name
+        if not path.is_file() or file_digest(path) != digest:
+            raise ValueError(_damaged(path))
 
 
 def _damaged(path: Path) -> str:
-    return f"{path} is damaged; move its folder away, and the trial starts again"
+    return f"{path} is damaged or missing"

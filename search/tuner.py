@@ -18,7 +18,7 @@ from pruners.learned import Learned
 from search.elastic import ElasticStart, tune_elastic
 from search.in_order import InOrder
 from search.learning import LearningRun, learn_all
-from search.ledger import Ledger, writing_to
+from search.ledger import Ledger
 from search.mlflow_runs import SweepRuns
 from search.moasha import MoAsha
 from search.progress import Progress, front_line
@@ -38,8 +38,10 @@ from search.space_step import Parameters
 from search.sweep import Sweep, SweepError, SweepFailedError, SweepInterruptedError
 from search.sweep_file import sweep_toml
 from search.tracking import Tracker
-from search.trial import PlanTrial, TrialInputs
+from search.trial import PlanTrial
 from search.trial_data import measure_on_test
+from search.trial_inputs import TrialInputs
+from search.writing import writing_to
 
 DONE = "done"
 """File of a sweep's directory that says that it is finished."""

@@ -44,7 +44,8 @@ from search.space import Space
 from search.sweep import Sweep
 from search.sweep_file import load_sweep, sweep_toml
 from search.tracking import Tracker
-from search.trial import PlanTrial, TrialInputs
+from search.trial import PlanTrial
+from search.trial_inputs import TrialInputs
 from search.trial_files import model_path
 from search.tuner import RAY_SETTINGS, run_trials
 

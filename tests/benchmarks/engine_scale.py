@@ -46,7 +46,7 @@ from search.searcher import PlanSearcher
 from search.sweep import Sweep
 from search.sweep_file import load_sweep, sweep_toml
 from search.tracking import Tracker
-from search.trial import TrialInputs
+from search.trial_inputs import TrialInputs
 
 ROOT = Path(__file__).parents[2]
 CONCURRENT = 4

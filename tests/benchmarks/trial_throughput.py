@@ -39,7 +39,8 @@ from search.model import load_model
 from search.sweep import Sweep
 from search.sweep_file import load_sweep
 from search.teacher import open_answers
-from search.trial import PlanTrial, TrialInputs
+from search.trial import PlanTrial
+from search.trial_inputs import TrialInputs
 
 ROOT = Path(__file__).parents[2]
 TRIALS = (16, 50)  # that share what is computed once

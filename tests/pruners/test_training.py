@@ -14,6 +14,7 @@ from pruners.training import (
     FineTuner,
     NonFiniteLossError,
     Recipe,
+    TrainingLeftError,
     autocast_dtype,
     distillation,
     schedule_factor,
@@ -57,6 +58,58 @@ def test_a_resumed_run_is_the_same_run(tiny, batches) -> None:
     resumed.train_epoch(batches)
     for ours, theirs in zip(halfway.parameters(), straight.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("left_after", [1, 2, 3])
+def test_an_epoch_that_was_left_goes_on_as_if_it_had_not_been(
+    left_after: int, tiny, batches
+) -> None:
+    recipe = Recipe(epochs=1, lr=1e-3, distill=0.0, precision="float32")
+    straight = tiny(drop_path_rate=0.5)  # which draws at random in each step
+    taught = [(images, labels, None) for images, labels in batches]
+    torch.manual_seed(4)
+    expected = FineTuner(copy.deepcopy(straight), recipe, steps_per_epoch=3)
+    loss = expected.train_taught(taught)
+
+    torch.manual_seed(4)
+    first = FineTuner(straight, recipe, steps_per_epoch=3)
+    with pytest.raises(TrainingLeftError, match=f"left after {left_after} steps"):
+        first.train_taught(taught, lambda: first.steps == left_after)
+    state = copy.deepcopy(first.state_dict())
+    torch.manual_seed(5)  # another process
+    second = FineTuner(copy.deepcopy(straight), recipe, steps_per_epoch=3)
+    second.load_state_dict(state)
+    assert second.train_taught(taught[left_after:]) == loss
+    assert second.steps == 0
+    for ours, theirs in zip(second.vit.parameters(), expected.vit.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("parts", "sizes"), [(2, {3, 2}), (3, {2, 1}), (5, {1}), (100, {1})])
+def test_a_batch_in_parts_is_the_same_step(
+    parts: int, sizes: set[int], tiny, batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    five = [(images[:5], labels[:5]) for images, labels in batches]
+    whole, split = tiny(), tiny()
+    seen: set[int] = set()
+    tokens = split.tokens
+
+    def counted(images: torch.Tensor) -> Tokens:
+        seen.add(len(images))
+        return tokens(images)
+
+    monkeypatch.setattr(split, "tokens", counted)
+    losses = []
+    for vit, number in ((whole, 1), (split, parts)):
+        tuner = FineTuner(vit, PLAIN, steps_per_epoch=3)
+        tuner.optimizer = torch.optim.SGD(vit.parameters(), lr=0.1)  # Adam would hide a scale
+        tuner.schedule = torch.optim.lr_scheduler.ConstantLR(tuner.optimizer, 1.0)
+        tuner.parts = number
+        losses.append(tuner.train_epoch(five))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert seen == sizes
+    for ours, theirs in zip(split.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_one_step_without_extras_is_adamw(tiny, batches) -> None:

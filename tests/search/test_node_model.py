@@ -10,7 +10,7 @@ import torch
 from pruners import load_method
 from search.node_model import pack, unpack
 from search.sweep_file import load_sweep
-from search.trial import TrialInputs
+from search.trial_inputs import TrialInputs
 from tests.conftest import VARIANTS, images_for
 
 

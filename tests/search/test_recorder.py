@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,7 +67,8 @@ def trial_of(name: str, ratio: float = 0.5, origin: str = "search", of: str = ""
         "of": of,
         "seed": 0,
     }
-    return SimpleNamespace(config=config)
+    metadata = SimpleNamespace(num_failures=0)
+    return SimpleNamespace(config=config, error_file=None, run_metadata=metadata)
 
 
 def result(trial: Any, top1: float, epoch: int = 0, status: str = "finished") -> dict[str, Any]:
@@ -83,6 +85,14 @@ def result(trial: Any, top1: float, epoch: int = 0, status: str = "finished") ->
         "params": 1000,
         "shape": json.dumps({"blocks": []}),
     }
+
+
+def fails(trial: Any, said: str) -> None:
+    """Let a trial fail once more, as Ray writes it down."""
+    folder = Path(tempfile.mkdtemp()) if trial.error_file is None else trial.error_file.parent
+    trial.error_file, trial.run_metadata.num_failures = folder / "error.txt", 1
+    with trial.error_file.open("a") as file:
+        file.write(f"Failure # 1 (occurred at 2026-11-25)\n{said}\n")
 
 
 def start(recorder: Recorder, trial: Any) -> None:
@@ -142,7 +152,7 @@ def test_what_a_scheduler_ends_is_stopped_and_never_on_the_front(sweep: Sweep) -
     run(recorder, trial_of("0001"), 79.0, "running")
     failed = trial_of("0002")
     recorder.ledger.ask(failed.config)
-    failed.get_pickled_error = lambda: ValueError("two lines\n  the second")
+    fails(failed, "ValueError: two lines\n  the second\n")
     recorder.on_trial_error(0, [], failed)
     assert [r.status for r in recorder.ledger.records.values()] == ["dense", "stopped", "failed"]
     assert recorder.ledger.records["0002"].reason == "the second"
@@ -284,3 +294,60 @@ def test_a_full_disk_stops_the_sweep_and_loses_nothing(
     last = Ledger(sweep).records["0001"]
     expected = {"epoch": ("running", 0), "ended": ("finished", 1), "tables": ("finished", 1)}[at]
     assert (last.status, last.epochs) == expected
+
+
+def test_only_failures_without_an_epoch_between_them_count(sweep: Sweep) -> None:
+    recorder, trial = make(sweep), trial_of("0001")
+    start(recorder, trial)
+    fails(trial, "the actor died")
+    recorder.on_trial_recover(0, [], trial)
+    assert trial.run_metadata.num_failures == 1
+    assert "goes on elsewhere: the actor died" in recorder.progress.stream.getvalue()  # type: ignore
+    first = result(trial, 60.0, 0, "running")
+    recorder.on_trial_result(0, [], trial, first)
+    assert trial.run_metadata.num_failures == 0
+    fails(trial, "the actor died")
+    recorder.on_trial_result(0, [], trial, first)  # repeated: no progress
+    assert trial.run_metadata.num_failures == 1
+
+
+def test_a_trial_whose_node_ran_out_of_memory_goes_on_in_parts(sweep: Sweep) -> None:
+    recorder, trial = make(sweep), trial_of("0001")
+    start(recorder, trial)
+    said = "Task was killed ... set the environment variable `RAY_memory_usage_threshold` when"
+    for parts in (2, 4):
+        fails(trial, said)
+        recorder.on_trial_recover(0, [], trial)
+        assert trial.config["parts"] == parts
+    fails(trial, "ValueError: of another kind")
+    recorder.on_trial_recover(0, [], trial)
+    assert trial.config["parts"] == 4
+    shown = recorder.progress.stream.getvalue()  # type: ignore[attr-defined]
+    assert "its node ran out of memory; batches in 4 parts" in shown
+
+
+@pytest.mark.parametrize("call", ["on_trial_recover", "on_trial_error"])
+def test_a_trial_that_cannot_be_saved_stops_the_sweep(call: str, sweep: Sweep) -> None:
+    recorder, trial = make(sweep), trial_of("0001")
+    start(recorder, trial)
+    fails(trial, "Traceback\nsearch.sweep.SweepFailedError: /x cannot be written to: No space")
+    getattr(recorder, call)(0, [], trial)
+    with pytest.raises(SweepFailedError, match=r"^/x cannot be written to: No space$"):
+        recorder.on_step_end(0, [])
+    assert recorder.ledger.records["0001"].status == "running"  # it goes on another time
+
+
+def test_a_trial_that_hung_says_where(sweep: Sweep) -> None:
+    recorder, trial = make(sweep), trial_of("0001")
+    start(recorder, trial)
+    hung = sweep.directory / "models" / "0001" / "hung.txt"
+    hung.parent.mkdir(parents=True)
+    hung.touch()
+    fails(trial, "the actor died")
+    recorder.on_trial_recover(0, [], trial)
+    hung.write_text("Timeout (6:00:00)!")
+    recorder.on_trial_error(0, [], trial)
+    assert recorder.ledger.records["0001"].reason == (
+        "timed out: an epoch took longer than max_epoch_hours = 6; "
+        "models/0001/hung.txt says where it hung"
+    )

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ray.exceptions import RayActorError
 
 import search.trial_data
 from pruners import PrunableViT, ViTShape
@@ -21,9 +22,10 @@ from search.searcher import PlanSearcher
 from search.sweep import Sweep
 from search.sweep_file import load_sweep
 from search.teacher import PREFIX, Teacher
-from search.trial import PlanTrial, TrialInputs
+from search.trial import PlanTrial
 from search.trial_data import measure_on_test, open_split, trial_device
 from search.trial_files import model_path
+from search.trial_inputs import TrialInputs
 
 COUNTER = itertools.count()
 
@@ -119,6 +121,93 @@ def test_a_resumed_trial_is_the_same_trial(done: int, inputs, configs, tmp_path:
     for key in ("epoch", "val_top1", "train_loss", "shape", "status"):
         assert [r[key] for r in results] == [r[key] for r in expected]
     assert len({r["latency_ms"] for r in results}) == 1  # measured once
+
+
+def comparable(results: list[dict]) -> list[tuple]:
+    keys = ("epoch", "val_top1", "val_loss", "train_loss", "shape", "status")
+    return [tuple(r[key] for key in keys) for r in results]
+
+
+@pytest.mark.parametrize("steps", [1, 4, 5])  # of the five of its second epoch
+def test_a_trial_that_is_told_to_end_goes_on_in_the_middle_of_an_epoch(
+    steps: int, inputs, configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = trial(configs[2], inputs)
+    expected = run(straight)
+    preempted = trial(configs[2], inputs, tmp_path)
+    before = [preempted.step(), preempted.step()]
+    monkeypatch.setattr(preempted.notice, "given", lambda: preempted.tuner.steps >= steps)
+    with pytest.raises(RayActorError, match="told to end") as told:
+        preempted.step()
+    assert told.value.preempted  # so that Ray does not count it as a failure
+    (left,) = (tmp_path / "models" / configs[2]["trial"]).iterdir()
+    assert left.name == f"epoch-0001-{steps:06d}"
+    moved = trial(configs[2], inputs, tmp_path)
+    assert moved.seconds > before[-1]["seconds"]
+    results = run(moved)
+    assert results[:2] == before
+    assert comparable(results) == comparable(expected)
+    for ours, theirs in zip(weights(moved), weights(straight), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_process_that_is_told_to_end_between_epochs_leaves_them_to_the_next(
+    inputs, configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = trial(configs[2], inputs, tmp_path)
+    before = one.step()
+    monkeypatch.setattr(FineTuner, "train_taught", lambda tuner, batches, leave: 1.0)
+    monkeypatch.setattr(one.notice, "given", lambda: True)
+    with pytest.raises(RayActorError):
+        one.step()
+    again = trial(configs[2], inputs, tmp_path)
+    assert again.step() == before
+    assert again.step()["train_loss"] == 1.0
+
+
+@pytest.mark.parametrize("fits", [2, 16, 17])
+def test_a_trial_that_runs_out_of_memory_takes_smaller_parts(
+    fits: int, inputs, configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches of 16 in as many parts as it takes, or not at all."""
+    expected = run(trial(configs[2], inputs))
+    loss_of, tried = FineTuner._loss_of, []
+
+    def limited(tuner: FineTuner, images: torch.Tensor, *others: object) -> torch.Tensor:
+        if tuner.parts < fits and tuner.schedule.last_epoch >= 7:  # in the second epoch
+            tried.append(len(images))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss_of(tuner, images, *others)
+
+    monkeypatch.setattr(FineTuner, "_loss_of", limited)
+    one = trial(configs[2], inputs, tmp_path)
+    results = run(one)
+    if fits > 16:
+        assert results[-1]["status"] == "failed"
+        assert results[-1]["reason"] == "epoch 2: out of memory"
+        assert tried == [16, 8, 4, 2, 1]
+        return
+    assert one.parts == fits
+    assert comparable(results[:2]) == comparable(expected[:2])  # as before, and reported once
+    assert [r["epoch"] for r in results] == [0, 1, 2]
+    assert results[-1]["train_loss"] == pytest.approx(expected[-1]["train_loss"], rel=1e-3)
+    assert results[-1]["val_loss"] == pytest.approx(expected[-1]["val_loss"], rel=1e-3)
+
+
+def test_what_is_damaged_is_named_and_the_trial_begins_anew(
+    inputs, configs, tmp_path: Path
+) -> None:
+    expected = run(trial(configs[2], inputs))
+    torn = trial(configs[2], inputs, tmp_path)
+    torn.step()
+    torn.step()
+    path = tmp_path / model_path(configs[2]["trial"], 1) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    results = run(trial(configs[2], inputs, tmp_path))
+    assert comparable(results) == comparable(expected)
+    assert {r["reason"] for r in results} == {f"began anew: {path} is damaged or missing"}
+    resumed = run(trial(configs[2], inputs, tmp_path))
+    assert resumed == results
 
 
 def test_a_trial_that_has_ended_is_not_run_again(
