@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test chaos lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m search run search/sweeps/sample.toml
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not chaos"
+
+chaos: $(VENV)/installed
+	$(BIN)/python -m pytest -m chaos
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

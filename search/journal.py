@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,19 @@ class Journal:
     is not read, and is cut off before the next one is written. One process writes; others may read.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Use a file that need not exist."""
-        self.path = path
+    def __init__(self, path: Path, may_write: Callable[[], None] = lambda: None) -> None:
+        """Use a file that need not exist.
+
+        Args:
+            path: The file.
+            may_write: Asked before a line is added; it raises an error if this must not be.
+        """
+        self.path, self.may_write = path, may_write
         self._writable = False  # until what is no line is cut off
 
     def append(self, values: Mapping[str, Any]) -> None:
         """Add a line."""
+        self.may_write()
         if not self._writable and self.path.exists():
             os.truncate(self.path, _whole(self.path.read_bytes()))
         self._writable = False  # where a line is cut short, the disk being full

@@ -18,6 +18,7 @@ from typing import Any
 from pruners import Plan
 from search.constraints import violated
 from search.growing_front import GrowingFront
+from search.identity import refuse_another
 from search.journal import Journal
 from search.results import TrialRecord
 from search.sweep import Sweep
@@ -28,9 +29,9 @@ LEDGER = "ledger.jsonl"
 """File of a sweep's directory that holds its events.
 
 Each has its kind as `event` and milliseconds since 1970 as `time`. `began`: a driver starts or
-continues the sweep. `learned`, `elastic`: what came before the trials. `asked`: a trial's
-configuration. `epoch`: its result after one. `ended`: its last status, and the front's hypervolume.
-`stopped`: why no more plans are asked for.
+continues the sweep. `identity`: digests of its model and images. `learned`, `elastic`: what came
+before the trials. `asked`: a trial's configuration. `epoch`: its result after one. `ended`: its
+last status, and the front's hypervolume. `stopped`: why no more plans are asked for.
 """
 
 Event = dict[str, Any]
@@ -65,18 +66,24 @@ class Ledger:
         ended: Trials that have ended.
     """
 
-    def __init__(self, sweep: Sweep, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        sweep: Sweep,
+        clock: Callable[[], float] = time.time,
+        may_write: Callable[[], None] = lambda: None,
+    ) -> None:
         """Open the ledger in the sweep's directory; none need be there.
 
         Args:
             sweep: The sweep.
             clock: Seconds since 1970.
+            may_write: As of `Journal`.
 
         Raises:
             ValueError: If it is damaged.
         """
         self.sweep, self.clock = sweep, clock
-        self.journal = Journal(sweep.directory / LEDGER)
+        self.journal = Journal(sweep.directory / LEDGER, may_write)
         self.records: dict[str, TrialRecord] = {}
         self.growing = GrowingFront(sweep.cost)
         self.ended = 0
@@ -99,6 +106,17 @@ class Ledger:
         """Add an event of which a sweep has one."""
         if not any(event["event"] == kind for event in self.past):
             self._add(kind, **values)
+
+    def identify(self, identity: dict[str, str]) -> None:
+        """Note which model and images the sweep is about, or see that they are still the same.
+
+        Raises:
+            SweepError: If they are not.
+        """
+        for event in self.past:
+            if event["event"] == "identity":
+                refuse_another(event["digests"], identity, self.sweep.name)
+        self.add_once("identity", digests=identity)
 
     def ask(self, config: dict[str, Any]) -> None:
         """Note that a trial begins, with this configuration."""

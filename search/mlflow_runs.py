@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -51,10 +51,9 @@ class SweepRuns:
         again: Whether what is logged next may be there already, wholly or in part.
     """
 
-    def __init__(self, client: MlflowClient, directory: Path, lines: Sequence[dict]) -> None:
+    def __init__(self, client: MlflowClient, notes: Journal, lines: Sequence[dict]) -> None:
         """Use `open` instead."""
-        self.client, self.directory = client, directory
-        self.notes = Journal(directory / RUNS)
+        self.client, self.notes, self.directory = client, notes, notes.path.parent
         self.experiment, self.parent = lines[0]["experiment"], lines[0]["parent"]
         self.trials = {line["trial"]: line["run"] for line in lines if "trial" in line}
         places = [line["place"] for line in lines if "place" in line]
@@ -64,7 +63,14 @@ class SweepRuns:
         self.redraw, self.again = -math.inf, True
 
     @classmethod
-    def open(cls, uri: str | None, directory: Path, name: str, sweep_toml: str) -> SweepRuns:
+    def open(
+        cls,
+        uri: str | None,
+        directory: Path,
+        name: str,
+        sweep_toml: str,
+        may_write: Callable[[], None] = lambda: None,
+    ) -> SweepRuns:
         """Open the runs of a sweep: those that its directory names, or new ones.
 
         Args:
@@ -72,6 +78,7 @@ class SweepRuns:
             directory: The sweep's directory; it exists.
             name: Name of the experiment and the parent run.
             sweep_toml: The sweep as run, kept as an artifact.
+            may_write: Asked before anything is logged; it raises an error if this must not be.
 
         Raises:
             SweepError: If there are none yet, and MLflow does not take any.
@@ -80,11 +87,11 @@ class SweepRuns:
             logging.getLogger(noisy).setLevel(logging.WARNING)
         # Who asks repeats what failed, and looks first whether it was done.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        notes = Journal(directory / RUNS)
+        notes = Journal(directory / RUNS, may_write)
         try:
             client = MlflowClient(tracking_uri=uri or local_uri(directory))
             if noted := notes.read():
-                return cls(client, directory, noted)
+                return cls(client, notes, noted)
             experiment = client.get_experiment_by_name(name)
             where = None if uri else (directory / "mlartifacts").resolve().as_uri()
             identity = (
@@ -100,7 +107,7 @@ class SweepRuns:
             ) from error
         first = {"experiment": identity, "parent": parent}
         notes.append(first)
-        return cls(client, directory, [first])
+        return cls(client, notes, [first])
 
     def log(self, event: Event, place: int) -> None:
         """Log an event of the ledger, which goes on at a place behind it."""

@@ -115,7 +115,9 @@ class Recorder(tune.Callback):
 
     def on_experiment_end(self, trials: list[Trial], **info: Any) -> None:
         """Write down the last trials; Ray calls this after an interrupt too."""
-        if self.failure is None and not self.written:
+        if self.failure is not None:
+            return  # MLflow may be in the directory that cannot be written to
+        if not self.written:
             self._write_tables()
         self.tracker.wait(PATIENCE_S)
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import TextIO
 
 from search.check import check
@@ -28,7 +32,8 @@ def run(sweep: Sweep, stream: TextIO) -> None:
         print(f"{sweep.directory} holds this sweep, finished; its front:", file=stream)
         front = read_front(sweep.directory / "front.json")
     else:
-        front = run_sweep(sweep, dense, space, stream)
+        with sigterm_as_ctrl_c():
+            front = run_sweep(sweep, dense, space, stream)
     print(file=stream)
     front_table(front, stream)
     print(f"\nEverything is in {sweep.directory}. Open it in MLflow:", file=stream)
@@ -50,6 +55,20 @@ def connect() -> None:
         ray.init(logging_level=logging.WARNING, log_to_driver=False)
     else:
         ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+
+
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM, by which jobs are stopped, do what Ctrl-C does; once Ray is connected."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _headline(sweep: Sweep, dense_cost: int) -> str:

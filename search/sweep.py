@@ -6,6 +6,7 @@ Imports neither torch nor Ray, so that a laptop can check and submit a sweep.
 from __future__ import annotations
 
 import difflib
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -208,6 +209,26 @@ class Sweep(_Part):
     @classmethod
     def _off(cls, value: Any) -> Any:
         return None if value is False else value
+
+    @field_validator("storage")
+    @classmethod
+    def _is_a_directory(cls, value: str) -> str:
+        if "://" in value:
+            raise ValueError(f"is {value!r}; give a directory that all nodes see, no URI")
+        return value
+
+    @model_validator(mode="after")
+    def _holds_no_secret(self) -> Sweep:
+        """A sweep is printed, logged, and shown to all who see a job."""
+        named = {"tracking": self.tracking, "model.path": self.model.path}
+        named |= {f"data.{split}": getattr(self.data, split) for split in ("train", "val", "test")}
+        for key, value in named.items():
+            if value is not None and re.search(r"://[^/@]*:[^/@]*@", value):
+                raise ValueError(
+                    f"has a password in {key}; give it as an environment variable, for MLflow "
+                    "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+                )
+        return self
 
     @model_validator(mode="after")
     def _can_measure_speed(self) -> Sweep:

@@ -56,7 +56,8 @@ class Tracker:
         """Wait until MLflow is as far as the ledger; False if it is not, after so many seconds.
 
         Raises:
-            Exception: What ended the thread, MLflow apart: a damaged ledger, or a mistake here.
+            Exception: What ended the thread, MLflow apart: a damaged ledger, a lease that is lost,
+                or a mistake here.
         """
         deadline = time.monotonic() + seconds
         while not self._is_current():
@@ -121,6 +122,7 @@ class Tracker:
         """Do it until it is done, or the sweep has ended."""
         pause = FIRST_PAUSE_S
         while not self._end.is_set():
+            self.runs.notes.may_write()
             try:
                 write()
             except (MlflowException, OSError) as error:  # what databases raise, MLflow wraps

@@ -21,8 +21,10 @@ from pruners.learned import Learned
 from pruners.training import FineTuner, NonFiniteLossError, Recipe, TrainingLeftError
 from search.augment import Epoch
 from search.hang import ends_if_hung
+from search.lease import check_attempt
 from search.memory import is_out_of_memory
 from search.notice import Notice
+from search.sweep import SweepFailedError
 from search.trial_data import Calibration, make_teacher, mixed_seed, open_split, trial_device
 from search.trial_files import Saved, TrialFiles
 from search.trial_inputs import TrialInputs
@@ -58,7 +60,8 @@ class PlanTrial(tune.Trainable):
         """Prepare the actor, then the first trial."""
         if inputs is None:
             raise ValueError("inputs is None; give TrialInputs through tune.with_parameters")
-        self.sweep, self.directory, self.notice = inputs.sweep, inputs.directory, Notice()
+        self.sweep, self.directory, self.attempt = inputs.sweep, inputs.directory, inputs.attempt
+        self.notice = Notice()
         torch.set_num_threads(max(1, int(self.sweep.resources.cpu)))
         self.device = trial_device(self.sweep)
         self.dense = inputs.dense.eval().requires_grad_(False)
@@ -67,6 +70,8 @@ class PlanTrial(tune.Trainable):
             vit.use_fused_attention(self.device.type == "cuda")
         self.train_images = open_split(self.sweep, self.dense, "train")
         self.val_images = open_split(self.sweep, self.dense, "val")
+        for key, images in (("train", self.train_images), ("val", self.val_images)):
+            _refuse_changed(f"data.{key}", images.digest, inputs)
         self.calibration = Calibration(self.sweep, self.train_images, self.device)
         self.teacher = make_teacher(self.sweep, self.dense, self.train_images, self.device)
         self._begin(config)
@@ -104,8 +109,8 @@ class PlanTrial(tune.Trainable):
                 reason = self._too_slow()
                 status = "stopped" if reason else status
         except TrainingLeftError:
-            taken = self.seconds + time.perf_counter() - start
-            self.files.save(self.vit, self.results, self.tuner.state_dict(), taken)
+            self.seconds += time.perf_counter() - start
+            self._save(self.tuner.state_dict())
             raise self._gone() from None
         except NonFiniteLossError as error:
             status, reason = "failed", f"epoch {self.epoch + 1}: {error}"
@@ -123,9 +128,12 @@ class PlanTrial(tune.Trainable):
         self.seconds += time.perf_counter() - start
         self.results.append(self._result(status, reason, loss))
         if status != "failed":
-            tuner = self.tuner.state_dict() if status == "running" else None
-            self.files.save(self.vit, self.results, tuner, self.seconds)
+            self._save(self.tuner.state_dict() if status == "running" else None)
         return dict(self.results[-1])  # Ray adds to it
+
+    def _save(self, tuner: dict[str, Any] | None) -> None:
+        check_attempt(self.directory, self.attempt)
+        self.files.save(self.vit, self.results, tuner, self.seconds)
 
     def _gone(self) -> RayActorError:
         """Return what Ray moves a trial for, without counting it as a failure."""
@@ -136,7 +144,8 @@ class PlanTrial(tune.Trainable):
         del self.vit
         self.__dict__.pop("tuner", None)  # there is none before the cut
         self._begin({**self.config, "parts": 2 * self.parts})
-        self.repeats, self.seconds = [], self.seconds + taken
+        self.repeats.clear()  # what is known
+        self.seconds += taken
         return self._step()
 
     def _begin(self, config: dict[str, Any]) -> None:
@@ -274,3 +283,9 @@ class PlanTrial(tune.Trainable):
             "shape": json.dumps(shape.to_json()),
             "done": status != "running",
         }
+
+
+def _refuse_changed(key: str, digest: str, inputs: TrialInputs) -> None:
+    """Stop the sweep if the images of a split are no longer those that it began with."""
+    if inputs.identity.get(key, digest) != digest:
+        raise SweepFailedError(f"{key} has changed since sweep {inputs.sweep.name} began")

@@ -8,6 +8,7 @@ trials, which takes longer the more there are. What lies here is found by the tr
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -90,7 +91,9 @@ class TrialFiles:
         shutil.rmtree(temporary, ignore_errors=True)
         vit.save(temporary, measured={"val_top1": last["val_top1"], "epoch": last["epoch"]})
         if tuner is not None:
-            torch.save(tuner, temporary / TUNER)
+            content = io.BytesIO()  # torch.save to a full disk raises no OSError
+            torch.save(tuner, content)
+            (temporary / TUNER).write_bytes(content.getvalue())
         digests = {path.name: file_digest(path) for path in sorted(temporary.iterdir())}
         saved = {
             "identity": self.identity,

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
@@ -16,8 +17,10 @@ from ray import tune
 from pruners import PrunableViT
 from pruners.learned import Learned
 from search.elastic import ElasticStart, tune_elastic
+from search.identity import identity
 from search.in_order import InOrder
 from search.learning import LearningRun, learn_all
+from search.lease import hold
 from search.ledger import Ledger
 from search.mlflow_runs import SweepRuns
 from search.moasha import MoAsha
@@ -36,7 +39,7 @@ from search.shards import find_shards
 from search.space import Space
 from search.space_step import Parameters
 from search.sweep import Sweep, SweepError, SweepFailedError, SweepInterruptedError
-from search.sweep_file import sweep_toml
+from search.sweep_toml import sweep_toml
 from search.tracking import Tracker
 from search.trial import PlanTrial
 from search.trial_data import measure_on_test
@@ -63,30 +66,41 @@ def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) ->
     Ray must be connected. Everything is written below the sweep's directory.
 
     Raises:
-        SweepError: If the directory holds another sweep, or `start_from` none.
+        SweepError: If the directory holds another sweep, or another driver runs this one, or
+            `start_from` holds none.
         SweepInterruptedError: If it was interrupted (Ctrl-C); the same call continues it.
     """
     concurrent = sweep.concurrency or most_trials_at_once(sweep)
     earlier = earlier_front(sweep)
     prepare_directory(sweep)
-    ledger = Ledger(sweep)
-    runs = SweepRuns.open(sweep.tracking, sweep.directory, sweep.name, sweep_toml(sweep))
-    ledger.begin()
-    tracker = Tracker(runs, ledger.journal)
-    progress = Progress(stream, trials=sweep.trials, epochs=sweep.epochs)
-    with closing(tracker):
-        space = with_learned(sweep, dense, space, ledger, progress)
-        start = elastic_start(sweep, dense, space, ledger, progress)
-        searcher = PlanSearcher(sweep, space, ledger, earlier=earlier, val_images=val_images(sweep))
-        recorder = Recorder(ledger, tracker, progress)
-        directory = sweep.directory.resolve()
-        inputs = TrialInputs(sweep=sweep, dense=dense, start=start, directory=directory)
-        run_trials(inputs, searcher, recorder, concurrent)
-        if not searcher.finished or any(r.status == "running" for r in ledger.records.values()):
-            raise SweepInterruptedError(interrupted_line(sweep, list(ledger.records.values())))
-        progress.stopped(searcher.stopped)
-        searcher.export_study(sweep.directory / "study.db")
-        return finish(sweep, dense, ledger, tracker)
+    with hold(sweep.directory, partial(print, file=stream, flush=True)) as lease:
+        ledger = Ledger(sweep, may_write=lease.check)
+        toml = sweep_toml(sweep)
+        runs = SweepRuns.open(sweep.tracking, sweep.directory, sweep.name, toml, lease.check)
+        ledger.begin()
+        digests = identity(sweep, dense)
+        ledger.identify(digests)
+        with closing(Tracker(runs, ledger.journal)) as tracker:
+            progress = Progress(stream, trials=sweep.trials, epochs=sweep.epochs)
+            space = with_learned(sweep, dense, space, ledger, progress)
+            inputs = TrialInputs(
+                sweep=sweep,
+                dense=dense,
+                start=elastic_start(sweep, dense, space, ledger, progress),
+                directory=sweep.directory.resolve(),
+                attempt=lease.attempt.number,
+                identity=digests,
+            )
+            searcher = PlanSearcher(
+                sweep, space, ledger, earlier=earlier, val_images=val_images(sweep)
+            )
+            run_trials(inputs, searcher, Recorder(ledger, tracker, progress), concurrent)
+            records = list(ledger.records.values())
+            if not searcher.finished or any(r.status == "running" for r in records):
+                raise SweepInterruptedError(interrupted_line(sweep, records))
+            progress.stopped(searcher.stopped)
+            searcher.export_study(sweep.directory / "study.db")
+            return finish(sweep, dense, ledger, tracker)
 
 
 def earlier_front(sweep: Sweep) -> list[Parameters]:
@@ -182,10 +196,11 @@ def prepare_directory(sweep: Sweep) -> None:
         SweepError: If it holds another sweep.
     """
     _refuse_another(sweep)
-    sweep.directory.mkdir(parents=True, exist_ok=True)
-    temporary = sweep.directory / "sweep.tmp"
-    temporary.write_text(sweep_toml(sweep))
-    os.replace(temporary, sweep.directory / "sweep.toml")
+    with writing_to(sweep.directory):
+        sweep.directory.mkdir(parents=True, exist_ok=True)
+        temporary = sweep.directory / f".sweep.{os.uname().nodename}.{os.getpid()}"
+        temporary.write_text(sweep_toml(sweep))
+        os.replace(temporary, sweep.directory / "sweep.toml")
 
 
 def _refuse_another(sweep: Sweep) -> None:

@@ -42,20 +42,21 @@ def _one_thread_and_fixed_seed() -> None:
     torch.manual_seed(0)
 
 
+def build_tiny(**args: object) -> PrunableViT:
+    """Build a tiny model whose every parameter is random, so that no term is silently zero."""
+    torch.manual_seed(1)
+    args = {**TINY, **args}
+    vit = PrunableViT.from_state_dict(VisionTransformer(**args).state_dict(), **args)
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    return vit.eval()
+
+
 @pytest.fixture
 def tiny() -> Callable[..., PrunableViT]:
-    """Builds a tiny model whose every parameter is random, so that no term is silently zero."""
-
-    def build(**args: object) -> PrunableViT:
-        torch.manual_seed(1)
-        args = {**TINY, **args}
-        vit = PrunableViT.from_state_dict(VisionTransformer(**args).state_dict(), **args)
-        with torch.no_grad():
-            for parameter in vit.parameters():
-                parameter.add_(torch.randn(parameter.shape) * 0.1)
-        return vit.eval()
-
-    return build
+    """Builds a tiny model."""
+    return build_tiny
 
 
 @pytest.fixture
@@ -140,17 +141,22 @@ method = "magnitude"
 """
 
 
-@pytest.fixture
-def sweep_file(tmp_path: Path, tiny: Callable[..., PrunableViT]) -> Path:
-    """A whole small sweep: model, data and TOML."""
-    for seed, (split, count) in enumerate((("train", 80), ("val", 40), ("test", 30))):
-        write_images(tmp_path / f"{split}.parquet", *labelled(count, seed))
+def write_sweep(folder: Path, train: int = 80) -> Path:
+    """Write a whole small sweep: model, data (so many training images) and TOML."""
+    for seed, (split, count) in enumerate((("train", train), ("val", 40), ("test", 30))):
+        write_images(folder / f"{split}.parquet", *labelled(count, seed))
     args = {**TINY, "patch_size": 4}  # 24 patches
-    state = {key: value.contiguous() for key, value in tiny(**args).vit.state_dict().items()}
-    save_file(state, tmp_path / "vit.safetensors", {"arch": json.dumps(args)})
-    path = tmp_path / "tiny.toml"
-    path.write_text(SWEEP_TOML.format(folder=tmp_path))
+    state = {key: value.contiguous() for key, value in build_tiny(**args).vit.state_dict().items()}
+    save_file(state, folder / "vit.safetensors", {"arch": json.dumps(args)})
+    path = folder / "tiny.toml"
+    path.write_text(SWEEP_TOML.format(folder=folder))
     return path
+
+
+@pytest.fixture
+def sweep_file(tmp_path: Path) -> Path:
+    """A whole small sweep."""
+    return write_sweep(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,8 @@ from search.progress import Progress
 from search.recorder import Recorder
 from search.searcher import PlanSearcher
 from search.sweep import Sweep
-from search.sweep_file import load_sweep, sweep_toml
+from search.sweep_file import load_sweep
+from search.sweep_toml import sweep_toml
 from search.tracking import Tracker
 from search.trial_inputs import TrialInputs
 

@@ -3,47 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import socket
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).parent / "ray")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture
-def cluster(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A head node of its own, as a person starts one; yields the submitter's environment."""
-    dashboard = free_port()
-    token = tmp_path / "token"
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    token.write_text("0123456789abcdef" * 4)
-    folder = Path(tempfile.mkdtemp(prefix="ray"))  # not tmp_path: paths of sockets must be short
-    started = [RAY, "start", "--head", "--block", "--num-cpus=2", f"--port={free_port()}"]
-    started += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-    started += [f"--temp-dir={folder}", "--disable-usage-stats"]
-    head = subprocess.Popen(
-        started, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}"}
-    head.terminate()
-    head.wait(timeout=30)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def submit(environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from search.sweep import Sweep, SweepError
-from search.sweep_file import check_files, load_sweep, sweep_toml
+from search.sweep_file import check_files, load_sweep
+from search.sweep_toml import sweep_toml
 from tests.search.conftest import MINIMAL
 
 SWEEPS = Path(__file__).parents[2] / "search" / "sweeps"

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import optuna
 import pytest
@@ -20,7 +19,6 @@ from pruners import PrunableViT, ViTShape, cost_of
 from pruners.evaluation import evaluate
 from search.__main__ import main
 from search.check import check
-from search.journal import Journal
 from search.mlflow_runs import local_uri
 from search.results import read_front, read_trials
 from search.sweep_file import load_sweep
@@ -143,78 +141,6 @@ def test_more_than_the_cluster_has_is_refused(
     assert main(["run", str(sweep_file), "--set", "resources.gpu=1"]) == 2
     assert "no node of this cluster has" in capsys.readouterr().err
     assert not (sweep_file.parent / "results" / "tiny").exists()
-
-
-def epochs_of(directory: Path) -> dict[str, dict[str, Any]]:
-    """What a sweep came to, trial by trial, but for times."""
-    return {
-        r.trial: {
-            "plan": r.plan,
-            "status": r.status,
-            "val_top1": r.val_top1,
-            "history": [(h["epoch"], h["val_top1"], h["train_loss"]) for h in r.history],
-        }
-        for r in read_trials(directory / "trials.parquet")
-    }
-
-
-def logged_epochs(directory: Path) -> dict[str, list[int]]:
-    client = MlflowClient(tracking_uri=local_uri(directory))
-    runs = client.search_runs([client.get_experiment_by_name(directory.name).experiment_id])
-    return {
-        run.data.tags["trial"]: [
-            m.step for m in client.get_metric_history(run.info.run_id, "val_top1")
-        ]
-        for run in runs
-        if "trial" in run.data.tags
-    }
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_a_killed_driver_changes_nothing(sweep_file: Path) -> None:
-    """Killed again and again, a sweep comes to what it comes to undisturbed, plan for plan."""
-    import ray
-
-    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
-
-    def command(name: str) -> list[str]:
-        sets = [f'name="{name}"', "trials=10", "ladder=0", "epochs=2", "concurrency=1"]
-        sets += ["halving={first=1, eta=2}", "confirm=1", "finetune.lr=0.01"]
-        return [sys.executable, "-m", "search", "run", str(sweep_file), "--set", *sets]
-
-    results = sweep_file.parent / "results"
-    subprocess.run(command("whole"), cwd=ROOT, env=environment, check=True, capture_output=True)
-    ledger = results / "killed" / "ledger.jsonl"
-    for lines in (3, 14, 29):  # of the ledger
-        driver = subprocess.Popen(
-            command("killed"), cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
-        )
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            if ledger.exists() and ledger.read_bytes().count(b"\n") >= lines:
-                break
-            time.sleep(0.02)
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
-    shown = subprocess.run(
-        command("killed"), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
-    )
-    assert shown.returncode == 0, shown.stderr
-    events = Journal(ledger).read()
-    assert [event["event"] for event in events].count("began") == 4
-    known = {(e["result"]["trial"], e["result"]["epoch"]) for e in events if e["event"] == "epoch"}
-    assert len(known) == sum(event["event"] == "epoch" for event in events)  # none twice
-
-    whole = epochs_of(results / "whole")
-    assert epochs_of(results / "killed") == whole
-    assert {r["status"] for r in whole.values()} == {"dense", "finished", "stopped"}, whole
-    expected = {trial: [h[0] for h in r["history"]] for trial, r in whole.items()}
-    assert logged_epochs(results / "killed") == logged_epochs(results / "whole") == expected
-    fronts = [read_front(results / name / "front.json") for name in ("whole", "killed")]
-    assert [m.trial for m in fronts[0].members] == [m.trial for m in fronts[1].members]
-    assert fronts[0].hypervolume == fronts[1].hypervolume
-    assert not list((results / "killed").glob("ray-*"))  # nothing pickled is left
 
 
 def test_ctrl_c_ends_cleanly_and_the_same_command_continues(sweep_file: Path) -> None:

@@ -1,0 +1,88 @@
+"""What happens to nodes: one dies, one is preempted, others join. Logical GPUs on one machine."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from tests.chaos.faults import ROOT, Faulty, environment, until
+from tests.conftest import write_sweep
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
+
+SETS = ("resources={cpu=1, gpu=1}", "concurrency=2", "halving=false", "sampler='random'")
+SETS += ("refine=0.0",)  # plans that do not depend on which trial ends first
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """A head without a GPU."""
+    one = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 0})
+    yield one
+    one.shutdown()
+
+
+@pytest.fixture(scope="module")
+def here(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Faulty:
+    """Sweeps on that cluster, of which `calm` has run undisturbed."""
+    folder = Path(tmp_path_factory.mktemp("nodes"))
+    (folder / "gpus").mkdir()
+    variables = {"RAY_ADDRESS": cluster.address, "GPU_NOTES": str(folder / "gpus")}
+    one = Faulty(
+        sweep=write_sweep(folder),
+        environment=environment(PYTHONPATH=str(ROOT), **variables),
+        driver=(sys.executable, "-m", "tests.chaos.driver", "cpu_for_gpu"),
+    )
+    nodes = [cluster.add_node(num_cpus=1, num_gpus=1) for _ in range(2)]
+    one.run("calm", *SETS)
+    one.counts("calm")
+    for node in nodes:
+        cluster.remove_node(node)
+    return one
+
+
+def gpus(one: Faulty) -> dict[str, str]:
+    """Process -> node and GPU of each trial's actor so far."""
+    folder = Path(one.environment["GPU_NOTES"])
+    return {path.stem: path.read_text() for path in folder.glob("*.txt")}
+
+
+def test_trials_of_a_node_that_dies_move(cluster: Cluster, here: Faulty) -> None:
+    first, second = (cluster.add_node(num_cpus=1, num_gpus=1) for _ in range(2))
+    driver = here.start("died", *SETS)
+    until(lambda: here.lines("died") >= 8, 200)
+    cluster.remove_node(first, allow_graceful=False)
+    third = cluster.add_node(num_cpus=1, num_gpus=1)
+    here.finish(driver)
+    here.same("died", "calm")
+    for node in (second, third):
+        cluster.remove_node(node)
+
+
+def test_trials_of_a_preempted_node_are_saved_and_move(cluster: Cluster, here: Faulty) -> None:
+    """A spot node gets SIGTERM and is gone within 30 s."""
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--block", "--num-cpus=1"]
+    command += [f"--address={cluster.address}", "--num-gpus=1", "--disable-usage-stats"]
+    spot = subprocess.Popen(
+        command,
+        env=here.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    sets = [*SETS, "concurrency=1", "epochs=2"]
+    driver = here.start("spot", *sets)
+    until(lambda: here.lines("spot") >= 7, 200)
+    spot.send_signal(signal.SIGTERM)
+    spot.wait(30)
+    node = cluster.add_node(num_cpus=1, num_gpus=1)
+    said = here.finish(driver)
+    assert "told to end" in said
+    here.same("spot", "calm")
+    cluster.remove_node(node)
