@@ -9,10 +9,14 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cluster.connection import Address, ClusterError
+from cluster.connection import Address
 from cluster.jobs import JobExistsError, Jobs
 from search.sweep import SweepError
+
+if TYPE_CHECKING:
+    from cluster.schedules import Schedule
 
 SCHEDULES = Path(__file__).parent / "schedules.toml"
 
@@ -31,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SweepError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (ClusterError, JobExistsError) as error:
+    except (ConnectionError, JobExistsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -64,6 +68,19 @@ def _parser() -> argparse.ArgumentParser:
     logs.add_argument("--follow", action="store_true", help="go on until it ends")
     stop = _verb(verbs, "stop", _stop, "stop a sweep; submitted again, it goes on")
     stop.add_argument("name", help="name of the sweep")
+
+    due = _verb(verbs, "due", _due, "submit the scheduled sweeps that are due; run it each minute")
+    _add_schedules(due)
+    due.add_argument(
+        "--tracking", help="MLflow, where slots are recorded; else MLFLOW_TRACKING_URI says it"
+    )
+    how = due.add_mutually_exclusive_group()
+    how.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    how.add_argument("--follow", action="store_true", help="wait for what was submitted")
+    _add_runtime(due)
+    coming = verbs.add_parser("next", help="show the slots of the coming week")
+    _add_schedules(coming)
+    coming.set_defaults(run=_next)
     return parser
 
 
@@ -80,6 +97,12 @@ def _verb(
     )
     verb.set_defaults(run=run)
     return verb
+
+
+def _add_schedules(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--schedules", type=Path, default=SCHEDULES, help="TOML file; else cluster/schedules.toml"
+    )
 
 
 def _add_runtime(verb: argparse.ArgumentParser) -> None:
@@ -147,6 +170,38 @@ def _stop(args: argparse.Namespace) -> int:
     job = jobs.latest(args.name).submission_id
     jobs.stop(job)
     print(f"stopped job {job}; submitted again, the sweep goes on")
+    return 0
+
+
+def _schedules(args: argparse.Namespace) -> tuple[Schedule, ...]:
+    from cluster.schedules import load_schedules  # reads cron lines by a library
+
+    return load_schedules(args.schedules)
+
+
+def _due(args: argparse.Namespace) -> int:
+    from cluster.due import dry_run, due
+    from cluster.slots import Slots  # imports MLflow: seconds, and not on every laptop
+
+    schedules = _schedules(args)
+    if not (tracking := args.tracking or os.environ.get("MLFLOW_TRACKING_URI")):
+        raise SweepError(
+            "due needs MLflow, to record what ran; give --tracking http://..., "
+            "or export MLFLOW_TRACKING_URI"
+        )
+    jobs = Jobs(_address(args), install=args.install, variables=args.env)
+    act = dry_run if args.dry_run else due
+    outcome = act(schedules, Slots(tracking), jobs, datetime.now(UTC), sys.stdout)
+    codes = [outcome.exit_code]
+    if args.follow:
+        codes += [jobs.follow(job, partial(print, end="", flush=True)) for job in outcome.submitted]
+    return max(codes)
+
+
+def _next(args: argparse.Namespace) -> int:
+    from cluster.due import show_coming
+
+    show_coming(_schedules(args), datetime.now(UTC), sys.stdout)
     return 0
 
 

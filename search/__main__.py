@@ -20,11 +20,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0; 1 if a sweep failed, 2 if what was given is wrong, 130 if it was interrupted.
+        0; 1 if a sweep failed, 2 if what was given is wrong, 3 if its front is smaller than the
+        one it started from, 130 if it was interrupted.
     """
     args = _parser().parse_args(arguments)
     try:
-        args.run(args)
+        code: int = args.run(args) or 0
     except (SweepError, FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -34,7 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SweepInterruptedError as error:
         print(error, file=sys.stderr)
         return INTERRUPTED
-    return 0
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        return INTERRUPTED
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,13 +66,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> int:
     sweep = load_sweep(args.sweep, args.set)
     check_files(sweep)
     # What needs torch and Ray comes after what can go wrong without them.
     from search.run import run
 
-    run(sweep, sys.stdout)
+    return run(sweep, sys.stdout)
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -77,6 +81,7 @@ def _show(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     from pruners import PrunableViT
+    from search.trial_files import check_model
 
     records = {record.trial: record for record in read_trials(args.directory / "trials.parquet")}
     record = records.get(args.trial)
@@ -94,6 +99,7 @@ def _export(args: argparse.Namespace) -> None:
         "images_per_s": record.images_per_s,
         "epochs": record.epochs,
     }
+    check_model(args.directory / record.checkpoint)
     PrunableViT.load(args.directory / record.checkpoint).save(args.out, measured)
     test = f", test {record.test_top1:.1f} %" if record.test_top1 is not None else ""
     print(f"wrote {args.out}: validation {record.val_top1:.1f} %{test}; {record.plan_line}")

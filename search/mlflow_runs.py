@@ -16,6 +16,7 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from search.change import Change, change
 from search.journal import Journal
 from search.ledger import METRICS, Event, new_record
 from search.pictures import front_html, front_png, kept_png
@@ -51,9 +52,12 @@ class SweepRuns:
         again: Whether what is logged next may be there already, wholly or in part.
     """
 
-    def __init__(self, client: MlflowClient, notes: Journal, lines: Sequence[dict]) -> None:
+    def __init__(
+        self, client: MlflowClient, notes: Journal, lines: Sequence[dict], earlier: Front | None
+    ) -> None:
         """Use `open` instead."""
         self.client, self.notes, self.directory = client, notes, notes.path.parent
+        self.earlier = earlier
         self.experiment, self.parent = lines[0]["experiment"], lines[0]["parent"]
         self.trials = {line["trial"]: line["run"] for line in lines if "trial" in line}
         places = [line["place"] for line in lines if "place" in line]
@@ -70,6 +74,7 @@ class SweepRuns:
         name: str,
         sweep_toml: str,
         may_write: Callable[[], None] = lambda: None,
+        earlier: Front | None = None,
     ) -> SweepRuns:
         """Open the runs of a sweep: those that its directory names, or new ones.
 
@@ -79,6 +84,7 @@ class SweepRuns:
             name: Name of the experiment and the parent run.
             sweep_toml: The sweep as run, kept as an artifact.
             may_write: Asked before anything is logged; it raises an error if this must not be.
+            earlier: The front that the sweep starts from, if it does.
 
         Raises:
             SweepError: If there are none yet, and MLflow does not take any.
@@ -91,7 +97,7 @@ class SweepRuns:
         try:
             client = MlflowClient(tracking_uri=uri or local_uri(directory))
             if noted := notes.read():
-                return cls(client, notes, noted)
+                return cls(client, notes, noted, earlier)
             experiment = client.get_experiment_by_name(name)
             where = None if uri else (directory / "mlartifacts").resolve().as_uri()
             identity = (
@@ -107,7 +113,7 @@ class SweepRuns:
             ) from error
         first = {"experiment": identity, "parent": parent}
         notes.append(first)
-        return cls(client, notes, [first])
+        return cls(client, notes, [first], earlier)
 
     def log(self, event: Event, place: int) -> None:
         """Log an event of the ledger, which goes on at a place behind it."""
@@ -142,6 +148,8 @@ class SweepRuns:
         self._mark(front)
         self._describe(front)
         self._draw(front, records)
+        if self.earlier is not None:
+            self._log_once(self.parent, change_metrics(change(self.earlier, front)))
         self.client.set_terminated(self.parent, "FINISHED")
 
     def _learned(self, event: Event) -> None:
@@ -223,7 +231,12 @@ class SweepRuns:
 
     def _describe(self, front: Front) -> None:
         self.client.log_dict(self.parent, front_json(front), "front.json")
-        self.client.set_tag(self.parent, "mlflow.note.content", note(front))
+        text = note(front)
+        if self.earlier is not None:
+            text += (
+                f"\n\nAgainst the front it started from: {change(self.earlier, front).describe()}"
+            )
+        self.client.set_tag(self.parent, "mlflow.note.content", text)
 
     def _draw(self, front: Front, records: Sequence[TrialRecord]) -> None:
         start = time.monotonic()
@@ -272,6 +285,17 @@ def trial_params(record: TrialRecord) -> dict[str, str]:
         for kind, shares in kinds.items():
             params[f"{step['method']}.{kind}.mean_share"] = f"{fmean(shares):.4f}"
     return params
+
+
+def change_metrics(change: Change) -> list[Metric]:
+    """Return what a sweep changed on the front it started from, as metrics."""
+    values = {
+        "hypervolume_before": change.before,
+        "hypervolume_after": change.after,
+        "points_gained": len(change.gained),
+        "points_lost": len(change.lost),
+    }
+    return [Metric(key, float(value), _now(), 0) for key, value in values.items()]
 
 
 def note(front: Front) -> str:

@@ -10,15 +10,22 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TextIO
 
+from search.change import change
 from search.check import check
 from search.mlflow_runs import ui_command
 from search.progress import front_table
 from search.results import read_front
 from search.sweep import Sweep
 
+WORSE = 3
+"""Exit status of a sweep whose front is smaller than the one it started from."""
 
-def run(sweep: Sweep, stream: TextIO) -> None:
+
+def run(sweep: Sweep, stream: TextIO) -> int:
     """Run a sweep, or show it if it is done, and say how to look at it.
+
+    Returns:
+        0, or `WORSE`.
 
     Raises:
         SweepError: If something of the sweep is wrong.
@@ -26,7 +33,7 @@ def run(sweep: Sweep, stream: TextIO) -> None:
     dense, space = check(sweep)
     print(_headline(sweep, space.dense_cost), file=stream, flush=True)
     connect()
-    from search.tuner import is_done, run_sweep  # imports Ray Tune: seconds
+    from search.tuner import earlier_front, is_done, run_sweep  # imports Ray Tune: seconds
 
     if is_done(sweep):
         print(f"{sweep.directory} holds this sweep, finished; its front:", file=stream)
@@ -38,6 +45,12 @@ def run(sweep: Sweep, stream: TextIO) -> None:
     front_table(front, stream)
     print(f"\nEverything is in {sweep.directory}. Open it in MLflow:", file=stream)
     print(f"  {ui_command(sweep.tracking, sweep.directory)}", file=stream)
+    earlier = earlier_front(sweep)
+    if earlier is None:
+        return 0
+    changed = change(earlier, front)
+    print(f"\nAgainst {sweep.start_from}: {changed.describe()}", file=stream)
+    return WORSE if changed.is_worse else 0
 
 
 def connect() -> None:

@@ -6,12 +6,12 @@ Imports neither torch nor Ray, so that a laptop can check and submit a sweep.
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 from pydantic import ValidationError
 
 from search.sweep import (
@@ -40,7 +40,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         )
     try:
         values = tomllib.loads(path.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise SweepError(f"{path} is not TOML: {error}") from error
     for override in overrides:
         _override(values, override)
@@ -68,33 +68,29 @@ def check_files(sweep: Sweep) -> None:
         )
 
 
-def sweep_toml(sweep: Sweep) -> str:
-    """Return a sweep as TOML that `load_sweep` reads as an equal sweep."""
-    values = sweep.model_dump(exclude_none=True, mode="json")
-    values["budget"] = [sweep.budget.low, sweep.budget.high]
-    for step in values["steps"]:
-        step |= step.pop("options")
-    return tomli_w.dumps(values)
-
-
 def _override(values: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
-    keys = dotted.strip().split(".")
-    if not equals or not all(keys):
+    dotted, shown = dotted.strip(), _short(text)[1:-1]
+    keys = dotted.split(".")
+    if not equals or not all(re.fullmatch("[A-Za-z0-9_-]+", key) for key in keys):
         raise SweepError(f"--set {override!r} is no setting; give KEY=VALUE, for example trials=8")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError as error:
+        value = tomllib.loads(f"value = {text}")
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise SweepError(
-            f"--set {dotted} is {text}, which is no TOML value; a string needs quotes: "
-            f"'{dotted}=\"{text}\"'"
+            f"--set {dotted} is {shown}, which is no TOML value; a string needs quotes: "
+            f"'{dotted}=\"{shown}\"'"
         ) from error
+    if len(value) > 1:
+        raise SweepError(
+            f"--set {dotted} is {shown}, which is more than a value; give each a --set"
+        )
     table = values
     for key in keys[:-1]:
         table = table.setdefault(key, {})
         if not isinstance(table, dict):
             raise SweepError(f"--set {override!r}: {key} is no table; override {key} as a whole")
-    table[keys[-1]] = value
+    table[keys[-1]] = value["value"]
 
 
 def _one_line(error: ValidationError) -> str:

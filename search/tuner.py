@@ -37,7 +37,6 @@ from search.results import (
 from search.searcher import PlanSearcher
 from search.shards import find_shards
 from search.space import Space
-from search.space_step import Parameters
 from search.sweep import Sweep, SweepError, SweepFailedError, SweepInterruptedError
 from search.sweep_toml import sweep_toml
 from search.tracking import Tracker
@@ -76,7 +75,9 @@ def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) ->
     with hold(sweep.directory, partial(print, file=stream, flush=True)) as lease:
         ledger = Ledger(sweep, may_write=lease.check)
         toml = sweep_toml(sweep)
-        runs = SweepRuns.open(sweep.tracking, sweep.directory, sweep.name, toml, lease.check)
+        runs = SweepRuns.open(
+            sweep.tracking, sweep.directory, sweep.name, toml, lease.check, earlier
+        )
         ledger.begin()
         digests = identity(sweep, dense)
         ledger.identify(digests)
@@ -91,8 +92,9 @@ def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) ->
                 attempt=lease.attempt.number,
                 identity=digests,
             )
+            known = [member.parameters for member in earlier.members] if earlier else []
             searcher = PlanSearcher(
-                sweep, space, ledger, earlier=earlier, val_images=val_images(sweep)
+                sweep, space, ledger, earlier=known, val_images=val_images(sweep)
             )
             run_trials(inputs, searcher, Recorder(ledger, tracker, progress), concurrent)
             records = list(ledger.records.values())
@@ -103,19 +105,18 @@ def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) ->
             return finish(sweep, dense, ledger, tracker)
 
 
-def earlier_front(sweep: Sweep) -> list[Parameters]:
-    """Return the parameters of the front that a sweep starts from; none if it starts from none.
+def earlier_front(sweep: Sweep) -> Front | None:
+    """Return the front that a sweep starts from; None if it starts from none.
 
     Raises:
         SweepError: If there is no such front.
     """
     if sweep.start_from is None:
-        return []
+        return None
     try:
-        front = read_front(Path(sweep.start_from) / "front.json")
+        return read_front(Path(sweep.start_from) / "front.json")
     except (FileNotFoundError, ValueError) as error:
         raise SweepError(f"start_from: {error}") from error
-    return [member.parameters for member in front.members]
 
 
 def val_images(sweep: Sweep) -> int:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from mlflow.tracking import MlflowClient
 
 from search.results import read_front
 from tests.cluster.conftest import TOKEN
@@ -116,3 +117,48 @@ def test_a_job_that_fails_ends_with_its_exit_code(laptop: dict[str, str], sweep_
     assert done.returncode == 2
     assert "val.parquet is not a Parquet file" in done.stdout
     assert call(laptop, "status", "fails").returncode == 1
+
+
+def test_a_slot_that_is_due_runs_once(cluster: dict[str, str], sweep_file: Path) -> None:
+    """Two machines call at the same moment; whoever claims the slot submits it."""
+    folder = sweep_file.parent
+    schedules = folder / "schedules.toml"
+    yearly = time.strftime("%M %H %d %m *", time.gmtime())  # the minute that has just begun
+    schedules.write_text(
+        f"""
+        [[schedules]]
+        name = "yearly"
+        cron = "{yearly}"
+        zone = "UTC"
+        sweep = "{sweep_file}"
+        overrides = ["trials=2", "ladder=0"]
+        start_from_last = true
+        """
+    )
+    common = ["--schedules", str(schedules), "--tracking", f"sqlite:///{folder}/slots.db"]
+    dry = call(cluster, "due", *common, "--dry-run")
+    assert "yearly: would run yearly-2" in dry.stdout, dry.stderr
+    assert call(cluster, "status", "yearly").returncode == 2  # nothing was submitted
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "cluster", "due", *common, "--no-install", "--follow"],
+            cwd=ROOT,
+            env=cluster,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    said = [caller.communicate(timeout=200)[0] for caller in both]
+    assert [caller.returncode for caller in both] == [0, 0], said
+    assert sorted("submitted: due at" in text for text in said) == [False, True], said
+    (directory,) = (folder / "results").glob("yearly-*")
+    assert (directory / "done").exists()
+    client = MlflowClient(f"sqlite:///{folder}/slots.db")
+    experiment = client.get_experiment_by_name(directory.name)
+    assert experiment.tags["prunefront.job"] == directory.name
+    (parent,) = client.search_runs([experiment.experiment_id], "tags.sweep != ''")
+    assert parent.info.status == "FINISHED"
+    again = call(cluster, "due", *common)
+    assert (again.returncode, "submitted" in again.stdout) == (0, False)

@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 from pruners import PrunableViT, ViTShape, cost_of
 from pruners.evaluation import evaluate
 from search.__main__ import main
+from search.change import change
 from search.check import check
 from search.mlflow_runs import local_uri
 from search.results import read_front, read_trials
@@ -224,7 +225,19 @@ def test_a_sweep_starts_from_an_earlier_front_within_its_constraints(
     params = check(load_sweep(sweep_file))[0].shape()
     most = int(0.8 * cost_of(params).params)
     sets += [f"constraints.max_params={most}", "constraints.max_drop=90", 'cost="gmacs"']
-    assert main(["run", str(sweep_file), "--set", *sets]) == 0
+    capsys.readouterr()
+    code = main(["run", str(sweep_file), "--set", *sets])
+    changed = change(earlier, read_front(results / "second" / "front.json"))
+    assert code == (3 if changed.is_worse else 0)
+    assert f"Against {results / 'tiny'}: {changed.describe()}" in capsys.readouterr().out
+    client = MlflowClient(tracking_uri=local_uri(results / "second"))
+    experiment = client.get_experiment_by_name("second").experiment_id
+    (parent,) = client.search_runs([experiment], "tags.sweep = 'second'")
+    assert parent.data.metrics["hypervolume_before"] == pytest.approx(changed.before)
+    assert parent.data.metrics["hypervolume_after"] == pytest.approx(changed.after)
+    assert parent.data.metrics["points_gained"] == len(changed.gained)
+    assert parent.data.metrics["points_lost"] == len(changed.lost)
+    assert changed.describe() in parent.data.tags["mlflow.note.content"]
     records = read_trials(results / "second" / "trials.parquet")
     started = [r for r in records if r.origin == "earlier"]
     assert {json.dumps(r.parameters, sort_keys=True) for r in started} <= {
