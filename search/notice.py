@@ -15,6 +15,10 @@ LOOK_S = 2.0
 """How often it is asked whether the node is being drained; a preempted one has some 30 s."""
 
 
+class ToldToEndError(RuntimeError):
+    """A trial's process was told to end; what the trial had come to is saved."""
+
+
 class Notice:
     """Says whether the process of an actor should save what it has and end."""
 

@@ -16,6 +16,8 @@ from search.hang import has_hung
 from search.ledger import Ledger
 from search.progress import Progress
 from search.results import write_front, write_trials
+from search.retries import NODE_MEMORY, Retries
+from search.searcher import PlanSearcher
 from search.sweep import SweepFailedError
 from search.tracking import Tracker
 from search.trial_files import hung_path
@@ -27,9 +29,6 @@ REST = 19.0
 They hold all trials, so that a larger sweep takes longer to write them: at most a twentieth of its
 time, however large it is.
 """
-
-NODE_MEMORY = "RAY_memory_usage_threshold"
-"""What Ray says when it ended a process because its node's memory was full."""
 
 PATIENCE_S = 30.0
 """How long the end of the trials waits for MLflow; what is missing is logged later."""
@@ -47,10 +46,15 @@ class Recorder(tune.Callback):
         ledger: Ledger,
         tracker: Tracker,
         progress: Progress,
+        searcher: PlanSearcher,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Record into a ledger and a terminal; an open tracker follows the ledger."""
+        """Record into a ledger and a terminal; an open tracker follows the ledger.
+
+        The searcher is told which trials whose process failed go on.
+        """
         self.ledger, self.tracker, self.progress, self.clock = ledger, tracker, progress, clock
+        self.searcher, self.retries = searcher, Retries(ledger.sweep.max_failures)
         self.written, self.due = True, -math.inf  # of the tables: are they current, when again
         self.failure: SweepFailedError | None = None
         progress.restored(ledger.ended)
@@ -67,7 +71,7 @@ class Recorder(tune.Callback):
         """Take an epoch's metrics, unless they are known: a trial that starts anew repeats them."""
         with self._stopping():
             if self.failure is None and self.ledger.report(result):
-                trial.run_metadata.num_failures = 0  # only those in a row count
+                self.retries.progressed(result["trial"])
                 self.progress.epoch(self.ledger.records[result["trial"]])
 
     def on_trial_complete(
@@ -80,27 +84,27 @@ class Recorder(tune.Callback):
             status = "dense"
         self._end(record.trial, status, record.reason)
 
-    def on_trial_recover(
-        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
-    ) -> None:
-        """Say why a trial has to go on in another process.
-
-        One that its node ran out of memory for will pass its batches in twice as many parts.
-        """
-        name, reason = trial.config["trial"], self._reason(trial)
-        self._stop_if_unwritable(reason)
-        if NODE_MEMORY in last_failure(trial):
-            trial.config["parts"] = 2 * trial.config.get("parts", 1)
-            reason = f"its node ran out of memory; batches in {trial.config['parts']} parts"
-        self.progress.goes_on(self.ledger.records[name], reason)
-
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        """Close the record of a trial that Ray gave up."""
-        reason = self._reason(trial)
+        """Hand out a trial again whose process failed, or close its record.
+
+        One that its node ran out of memory for will pass its batches in twice as many parts.
+        """
+        reason, said, parts = self._reason(trial), last_failure(trial), trial.config.get("parts", 1)
         self._stop_if_unwritable(reason)
-        self._end(trial.config["trial"], "failed", reason)
+        if self.failure is not None:
+            return
+        name = trial.config["trial"]
+        if NODE_MEMORY in said:
+            parts = 2 * parts
+            reason = f"its node ran out of memory; batches in {parts} parts"
+        if self.retries.allow(name, said):
+            self.searcher.hand_out_again(trial.trial_id, parts)
+            self.progress.goes_on(self.ledger.records[name], reason)
+        else:
+            self.searcher.give_up(trial.trial_id)
+            self._end(name, "failed", reason)
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Let the terminal show that the sweep is alive, and the tables follow.

@@ -111,10 +111,19 @@ class PlanSearcher(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Take what came of a trial."""
-        config = self.configs.pop(trial_id, None)
+        """Take what came of a trial; whether one whose process failed goes on is said later."""
+        config = None if error else self.configs.pop(trial_id, None)
         if config is not None:  # else it was told before
-            self._end(config, None if error else result)
+            self._end(config, result)
+
+    def hand_out_again(self, trial_id: str, parts: int) -> None:
+        """Let a trial whose process failed go on, with batches in so many parts."""
+        self.configs[trial_id] = {**self.configs[trial_id], "parts": parts}
+        self.interrupted.append(trial_id)
+
+    def give_up(self, trial_id: str) -> None:
+        """Take a trial as failed."""
+        self._end(self.configs.pop(trial_id), None)
 
     def save(self, checkpoint_path: str) -> None:
         """Save nothing: Ray's snapshots are not used, the ledger holds the search."""
@@ -179,10 +188,10 @@ class PlanSearcher(Searcher):
                     raise
                 self._stop(str(error))  # what was found is trained again all the same
         while not self.waiting:
+            if self.configs:  # which the next phase depends on, and which may have to go on
+                return None
             if not self._later_phases():
                 return Searcher.FINISHED
-            if self.configs:  # the next phase depends on what still runs
-                return None
             self._next_phase()
         return {**self.waiting.pop(0), "trial": name}
 

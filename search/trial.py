@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from ray import tune
-from ray.exceptions import RayActorError
 from torch import Tensor
 
 from pruners import Plan, PrunableViT, cost_of
@@ -23,7 +22,7 @@ from search.augment import Epoch
 from search.hang import ends_if_hung
 from search.lease import check_attempt
 from search.memory import is_out_of_memory
-from search.notice import Notice
+from search.notice import Notice, ToldToEndError
 from search.sweep import SweepFailedError
 from search.trial_data import Calibration, make_teacher, mixed_seed, open_split, trial_device
 from search.trial_files import Saved, TrialFiles
@@ -85,7 +84,7 @@ class PlanTrial(tune.Trainable):
         """Run one epoch and return its metrics; the last result of a trial has `done`.
 
         Raises:
-            RayActorError: If the process is to end; what the trial has come to is saved.
+            ToldToEndError: If it was; the next process reports again what was saved.
         """
         if self.repeats:
             return self.repeats.pop(0)
@@ -95,7 +94,7 @@ class PlanTrial(tune.Trainable):
         ):
             result = self._step()
         if self.notice.given():
-            raise self._gone()  # what was saved is reported by the process that comes next
+            raise ToldToEndError("the trial's process was told to end")
         return result
 
     def _step(self) -> dict[str, Any]:
@@ -111,7 +110,7 @@ class PlanTrial(tune.Trainable):
         except TrainingLeftError:
             self.seconds += time.perf_counter() - start
             self._save(self.tuner.state_dict())
-            raise self._gone() from None
+            raise ToldToEndError("the trial's process was told to end") from None
         except NonFiniteLossError as error:
             status, reason = "failed", f"epoch {self.epoch + 1}: {error}"
         except (MemoryError, RuntimeError) as error:
@@ -134,10 +133,6 @@ class PlanTrial(tune.Trainable):
     def _save(self, tuner: dict[str, Any] | None) -> None:
         check_attempt(self.directory, self.attempt)
         self.files.save(self.vit, self.results, tuner, self.seconds)
-
-    def _gone(self) -> RayActorError:
-        """Return what Ray moves a trial for, without counting it as a failure."""
-        return RayActorError(error_msg="the trial's process was told to end", preempted=True)
 
     def _again_in_more_parts(self, taken: float) -> dict[str, Any]:
         """Run an epoch that did not fit into memory from its start: what it changed is not kept."""

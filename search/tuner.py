@@ -55,6 +55,7 @@ RAY_SETTINGS = {  # environment variables
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the recorder writes what is needed
     "RAY_AIR_NEW_OUTPUT": "0",  # which prints errors whatever `verbose` says
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths of a sweep are relative to where it was started
+    "RAY_TRAIN_COUNT_PREEMPTION_AS_FAILURE": "1",  # or Ray would restart what search.retries does
     "TUNE_GLOBAL_CHECKPOINT_S": "1e9",  # Ray's snapshots, which nothing reads
 }
 
@@ -96,7 +97,7 @@ def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) ->
             searcher = PlanSearcher(
                 sweep, space, ledger, earlier=known, val_images=val_images(sweep)
             )
-            run_trials(inputs, searcher, Recorder(ledger, tracker, progress), concurrent)
+            run_trials(inputs, searcher, Recorder(ledger, tracker, progress, searcher), concurrent)
             records = list(ledger.records.values())
             if not searcher.finished or any(r.status == "running" for r in records):
                 raise SweepInterruptedError(interrupted_line(sweep, records))
@@ -238,7 +239,7 @@ def run_trials(
         resources_per_trial=tune.PlacementGroupFactory([bundle(sweep)]),
         reuse_actors=True,
         callbacks=[recorder],
-        max_failures=sweep.max_failures,
+        max_failures=0,  # search.retries decides
         raise_on_failed_trial=False,
         trial_name_creator=_name,
         trial_dirname_creator=_name,

@@ -22,7 +22,7 @@ PLAN = {"steps": [{"method": "magnitude", "options": {}, "thresholds": {"blocks.
 
 
 class Logged:
-    """What a recorder asks a tracker for."""
+    """What a recorder asks a tracker or a searcher for."""
 
     trouble = ""
 
@@ -53,7 +53,8 @@ def sweep(sweep_file: Path) -> Sweep:
 
 def make(sweep: Sweep, clock: Clock | None = None) -> Recorder:
     progress = Progress(io.StringIO(), trials=9, epochs=1)
-    return Recorder(Ledger(sweep), Logged(), progress, clock or Clock())  # type: ignore[arg-type]
+    calls: Any = [Logged(), Logged()]  # of the tracker and of the searcher
+    return Recorder(Ledger(sweep), calls[0], progress, calls[1], clock or Clock())
 
 
 def trial_of(name: str, ratio: float = 0.5, origin: str = "search", of: str = "") -> Any:
@@ -67,8 +68,7 @@ def trial_of(name: str, ratio: float = 0.5, origin: str = "search", of: str = ""
         "of": of,
         "seed": 0,
     }
-    metadata = SimpleNamespace(num_failures=0)
-    return SimpleNamespace(config=config, error_file=None, run_metadata=metadata)
+    return SimpleNamespace(config=config, trial_id=f"ray-{name}", error_file=None)
 
 
 def result(trial: Any, top1: float, epoch: int = 0, status: str = "finished") -> dict[str, Any]:
@@ -90,7 +90,7 @@ def result(trial: Any, top1: float, epoch: int = 0, status: str = "finished") ->
 def fails(trial: Any, said: str) -> None:
     """Let a trial fail once more, as Ray writes it down."""
     folder = Path(tempfile.mkdtemp()) if trial.error_file is None else trial.error_file.parent
-    trial.error_file, trial.run_metadata.num_failures = folder / "error.txt", 1
+    trial.error_file = folder / "error.txt"
     with trial.error_file.open("a") as file:
         file.write(f"Failure # 1 (occurred at 2026-11-25)\n{said}\n")
 
@@ -153,6 +153,7 @@ def test_what_a_scheduler_ends_is_stopped_and_never_on_the_front(sweep: Sweep) -
     failed = trial_of("0002")
     recorder.ledger.ask(failed.config)
     fails(failed, "ValueError: two lines\n  the second\n")
+    recorder.retries.most = 0
     recorder.on_trial_error(0, [], failed)
     assert [r.status for r in recorder.ledger.records.values()] == ["dense", "stopped", "failed"]
     assert recorder.ledger.records["0002"].reason == "the second"
@@ -296,42 +297,48 @@ def test_a_full_disk_stops_the_sweep_and_loses_nothing(
     assert (last.status, last.epochs) == expected
 
 
-def test_only_failures_without_an_epoch_between_them_count(sweep: Sweep) -> None:
+def test_a_trial_whose_process_failed_is_handed_out_again_or_given_up(sweep: Sweep) -> None:
     recorder, trial = make(sweep), trial_of("0001")
+    calls: Any = recorder.searcher
     start(recorder, trial)
-    fails(trial, "the actor died")
-    recorder.on_trial_recover(0, [], trial)
-    assert trial.run_metadata.num_failures == 1
-    assert "goes on elsewhere: the actor died" in recorder.progress.stream.getvalue()  # type: ignore
-    first = result(trial, 60.0, 0, "running")
-    recorder.on_trial_result(0, [], trial, first)
-    assert trial.run_metadata.num_failures == 0
-    fails(trial, "the actor died")
-    recorder.on_trial_result(0, [], trial, first)  # repeated: no progress
-    assert trial.run_metadata.num_failures == 1
+    for again in (1, 2):
+        fails(trial, "the actor died")
+        recorder.on_trial_error(0, [], trial)
+        assert calls.of("hand_out_again") == [("ray-0001", 1)] * again
+    recorder.on_trial_result(0, [], trial, result(trial, 60.0, 0, "running"))
+    for again in (3, 4):  # an epoch lies between
+        fails(trial, "the actor died")
+        recorder.on_trial_error(0, [], trial)
+        assert len(calls.of("hand_out_again")) == again
+    recorder.on_trial_result(0, [], trial, result(trial, 60.0, 0, "running"))  # repeated: none
+    assert recorder.ledger.records["0001"].status == "running"
+    fails(trial, "the actor died at last")
+    recorder.on_trial_error(0, [], trial)
+    assert calls.of("give_up") == [("ray-0001",)]
+    assert recorder.ledger.records["0001"].reason == "the actor died at last"
+    shown = recorder.progress.stream.getvalue()  # type: ignore[attr-defined]
+    assert shown.count("goes on elsewhere: the actor died\n") == 4
 
 
 def test_a_trial_whose_node_ran_out_of_memory_goes_on_in_parts(sweep: Sweep) -> None:
     recorder, trial = make(sweep), trial_of("0001")
     start(recorder, trial)
-    said = "Task was killed ... set the environment variable `RAY_memory_usage_threshold` when"
-    for parts in (2, 4):
-        fails(trial, said)
-        recorder.on_trial_recover(0, [], trial)
-        assert trial.config["parts"] == parts
-    fails(trial, "ValueError: of another kind")
-    recorder.on_trial_recover(0, [], trial)
-    assert trial.config["parts"] == 4
+    fails(trial, "Task was killed ... set the environment variable `RAY_memory_usage_threshold`")
+    recorder.on_trial_error(0, [], trial)
+    trial.config["parts"] = 2  # as the searcher hands it out
+    fails(trial, "Task was killed ... set the environment variable `RAY_memory_usage_threshold`")
+    recorder.on_trial_error(0, [], trial)
+    calls: Any = recorder.searcher
+    assert calls.of("hand_out_again") == [("ray-0001", 2), ("ray-0001", 4)]
     shown = recorder.progress.stream.getvalue()  # type: ignore[attr-defined]
     assert "its node ran out of memory; batches in 4 parts" in shown
 
 
-@pytest.mark.parametrize("call", ["on_trial_recover", "on_trial_error"])
-def test_a_trial_that_cannot_be_saved_stops_the_sweep(call: str, sweep: Sweep) -> None:
+def test_a_trial_that_cannot_be_saved_stops_the_sweep(sweep: Sweep) -> None:
     recorder, trial = make(sweep), trial_of("0001")
     start(recorder, trial)
     fails(trial, "Traceback\nsearch.sweep.SweepFailedError: /x cannot be written to: No space")
-    getattr(recorder, call)(0, [], trial)
+    recorder.on_trial_error(0, [], trial)
     with pytest.raises(SweepFailedError, match=r"^/x cannot be written to: No space$"):
         recorder.on_step_end(0, [])
     assert recorder.ledger.records["0001"].status == "running"  # it goes on another time
@@ -344,7 +351,8 @@ def test_a_trial_that_hung_says_where(sweep: Sweep) -> None:
     hung.parent.mkdir(parents=True)
     hung.touch()
     fails(trial, "the actor died")
-    recorder.on_trial_recover(0, [], trial)
+    recorder.on_trial_error(0, [], trial)
+    recorder.retries.most = 0
     hung.write_text("Timeout (6:00:00)!")
     recorder.on_trial_error(0, [], trial)
     assert recorder.ledger.records["0001"].reason == (

@@ -152,7 +152,7 @@ def test_the_dense_model_comes_first_then_what_is_proposed(searcher) -> None:
     assert all(0.5 <= c["cost_ratio"] <= 0.9 for c in rest)
     assert all({*one.proposer.space.ranges()} <= {*c["parameters"]} for c in rest)
     assert {(c["of"], c["seed"]) for c in configs} == {("", 0)}
-    assert one.suggest("t9") == "FINISHED"
+    assert one.suggest("t9") is None  # any may have to go on
 
 
 def test_a_config_says_the_plan_that_was_proposed(searcher) -> None:
@@ -197,6 +197,7 @@ def test_an_error_no_result_or_no_status_is_a_failure(searcher) -> None:
     end(one, "t0")
     whole = result(one.configs["t1"])
     one.on_trial_complete("t1", whole, error=True)
+    one.give_up("t1")
     one.on_trial_complete("t2", None)
     one.on_trial_complete("t2", whole)  # told twice
     one.on_trial_complete("t3", {k: v for k, v in whole.items() if k != "status"})
@@ -254,8 +255,10 @@ def test_without_the_dense_models_result_the_sweep_ends(fails: str, searcher) ->
     for i in range(4):
         one.suggest(f"t{i}")
     end(one, "t1")
-    dense = result(one.configs["t0"], status="finished" if fails == "error" else "failed")
-    one.on_trial_complete("t0", dense, error=fails == "error")
+    if fails == "error":
+        one.give_up("t0")
+    else:
+        one.on_trial_complete("t0", result(one.configs["t0"], status="failed"))
     end(one, "t2")
     assert one.suggest("t4") is None
     end(one, "t3", status="stopped")
@@ -297,7 +300,7 @@ def test_what_violates_a_constraint_is_not_trained_again(
     assert [t.name for t in one.proposer.front] == ["0002"]
     assert [len(t.constraints) for t in one.study.get_trials()[:2]] == [1, 1]
     assert one.suggest("t3")["of"] == "0002"
-    assert one.suggest("t4") == "FINISHED"
+    assert one.suggest("t4") is None
 
 
 # Training the best again.
@@ -364,17 +367,31 @@ def test_a_phase_waits_for_what_still_runs(searcher) -> None:
         assert one.suggest("t9") is None
         end(one, f"t{i}", 65.0)
     assert one.suggest("t9")["origin"] == "final"
-    assert one.suggest("t10") == "FINISHED"  # after the last phase nothing depends on what runs
+    assert one.suggest("t10") is None
+    end(one, "t9", 66.0)
+    assert one.suggest("t10") == "FINISHED"
     assert one.finished
 
 
-def test_without_later_phases_it_does_not_wait(searcher) -> None:
-    one = searcher(trials=3)
-    for i in range(3):
-        one.suggest(f"t{i}")
+def test_a_trial_whose_process_failed_is_handed_out_again_first(searcher) -> None:
+    one = searcher(trials=4)
+    configs = [one.suggest(f"t{i}") for i in range(3)]
+    one.on_trial_complete("t1", None, error=True)
+    one.hand_out_again("t1", 2)
+    assert one.suggest("t3") == {**configs[1], "parts": 2}
+    assert one.suggest("t4")["trial"] == "0003"
+    for name in ("t0", "t2", "t4"):
+        end(one, name, 70.0)
+    assert one.suggest("t5") is None  # all have been asked for, and this one may fail again
     assert not one.finished
-    assert one.suggest("t3") == "FINISHED"
+    one.on_trial_complete("t3", None, error=True)
+    one.hand_out_again("t3", 2)
+    assert one.suggest("t5") == {**configs[1], "parts": 2}
+    end(one, "t5", 60.0)
+    assert one.suggest("t6") == "FINISHED"
     assert one.finished
+    assert sum(event["event"] == "asked" for event in one.ledger.journal.read()) == 4
+    assert [t.name for t in one.proposer.told] == ["0002", "0003", "0001"]
 
 
 @pytest.mark.parametrize("fails", ["error", "failed", "stopped", "nan"])
@@ -392,14 +409,14 @@ def test_a_failed_confirmation_does_not_matter(fails: str, searcher) -> None:
         if config["of"] != cheap_name or config["seed"] == 1:
             end(one, f"t{i}", 72.0)
         elif fails == "error":
-            one.on_trial_complete(f"t{i}", None, error=True)
+            one.give_up(f"t{i}")
         elif fails == "nan":
             end(one, f"t{i}", math.nan)
         else:
             end(one, f"t{i}", 1.0, status=fails)
     # Both reach 72 with other seeds, so that the dear one is not worth it.
     finals = [one.suggest("t7"), one.suggest("t8")]
-    assert [finals[0]["of"], finals[1]] == [cheap_name, "FINISHED"]
+    assert [finals[0]["of"], finals[1]] == [cheap_name, None]
 
 
 def test_where_no_confirmation_ends_well_the_search_decides(searcher) -> None:
@@ -412,7 +429,7 @@ def test_where_no_confirmation_ends_well_the_search_decides(searcher) -> None:
     front = [t.name for t in one.proposer.front]
     again: list[dict] = []
     while isinstance(config := one.suggest(f"t{3 + len(again)}"), dict):
-        one.on_trial_complete(f"t{3 + len(again)}", None, error=True)
+        one.give_up(f"t{3 + len(again)}")
         again.append(config)
     assert set(front) <= {c["of"] for c in again if c["origin"] == "confirm"}
     assert [c["of"] for c in again if c["origin"] == "final"] == front
@@ -465,7 +482,8 @@ def test_hours_are_counted_over_interruptions(searcher) -> None:
         assert isinstance(asked, dict)
         assert asked not in interrupted
     clock.seconds += 2.0
-    assert again.suggest("t4") == "FINISHED"
+    assert again.suggest("t4") is None
+    assert "max_hours = 1 have passed" in again.stopped
     assert again.stopped == "max_hours = 1 have passed"
 
 
