@@ -276,7 +276,8 @@ def most_trials_at_once(sweep: Sweep) -> int:
     if room == 0:
         raise SweepError(
             f"resources are {wanted} per trial, which no node of this cluster has; "
-            "give less, for example --set resources.gpu=0"
+            "give less, for example --set resources.gpu=0, or where nodes join when they are "
+            "needed, how many trials may run at once: --set concurrency=8"
         )
     return room
 

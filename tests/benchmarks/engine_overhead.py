@@ -46,8 +46,8 @@ from search.sweep_file import load_sweep
 from search.sweep_toml import sweep_toml
 from search.tracking import Tracker
 from search.trial import PlanTrial
-from search.trial_inputs import TrialInputs
 from search.trial_files import model_path
+from search.trial_inputs import TrialInputs
 from search.tuner import RAY_SETTINGS, run_trials
 
 ROOT = Path(__file__).parents[2]
@@ -106,8 +106,8 @@ def run_engine(sweep: Sweep, dense: PrunableViT, space: Space) -> Row:
     runs = SweepRuns.open(None, sweep.directory, sweep.name, sweep_toml(sweep))
     tracker = Tracker(runs, ledger.journal)
     progress = Progress(io.StringIO(), trials=sweep.trials, epochs=sweep.epochs)
-    recorder = TimedRecorder(ledger, tracker, progress)
     searcher = TimedSearcher(sweep, space, ledger)
+    recorder = TimedRecorder(ledger, tracker, progress, searcher)
     recorder.ends = Ends()
     inputs = TrialInputs(sweep=sweep, dense=dense, start=dense, directory=sweep.directory)
     run_trials(inputs, searcher, recorder, 1)

@@ -183,7 +183,7 @@ def engine_of(by: str, folder: str, trials: int, sampler: str) -> Engine:
     assert sweep.halving is not None
     scheduler = MoAsha(epochs=sweep.epochs, **sweep.halving.model_dump())
     progress = Progress(io.StringIO(), trials=trials, epochs=EPOCHS)
-    recorder = Metered(ledger, tracker, progress)
+    recorder = Metered(ledger, tracker, progress, searcher)
     sizes = [*(size for size in ROWS if size < trials), trials]
     recorder.meter = Meter(by, sizes, lambda: logged(tracker))
     return Engine(
