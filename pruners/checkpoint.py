@@ -6,21 +6,19 @@ rest is JSON.
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from timm.models.vision_transformer import VisionTransformer
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
+from pruners.architecture import MOST_PER_STORED, build, check_size
 from pruners.masks import nonzero_mask
 from pruners.pruner import ReducesTokens, load_method
 from pruners.shape import ViTShape
@@ -29,45 +27,6 @@ from pruners.vit import PrunableViT
 
 WEIGHTS, SHAPE = "model.safetensors", "shape.json"
 FORMAT = 2
-
-
-def build(name: str | None, args: Mapping[str, Any], *, pretrained: bool = False) -> dict[str, Any]:
-    """Build a timm model and return it with what is known of it: the arguments of `PrunableViT`.
-
-    Args:
-        name: A timm model name, or None for a plain `VisionTransformer`.
-        args: Constructor arguments; they must be JSON values, so that the architecture can be
-            stored.
-        pretrained: Load timm's own weights; only with a name.
-
-    Raises:
-        ValueError: For an unknown name or argument, with what would be right.
-    """
-    try:
-        json.dumps(dict(args))
-    except TypeError as error:
-        raise ValueError(
-            f"model args {dict(args)} cannot be stored ({error}); give JSON values"
-        ) from error
-    arch = {"name": name, "args": dict(args)}
-    if name is None:
-        known = set(inspect.signature(VisionTransformer.__init__).parameters) - {"self"}
-        if unknown := sorted(set(args) - known):
-            raise ValueError(
-                f"model args {unknown} are unknown; VisionTransformer takes {sorted(known)}"
-            )
-        return {"vit": VisionTransformer(**args), "arch": arch}
-    if not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models(), 5, cutoff=0.0)
-        raise ValueError(
-            f"model name {name!r} is unknown to timm; names like it: {', '.join(near)}"
-        )
-    vit = timm.create_model(name, pretrained=pretrained, **args)
-    config = getattr(vit, "pretrained_cfg", {}) or {}
-    mean, std = config.get("mean"), config.get("std")
-    if mean is not None and len(mean) != vit.in_chans:
-        mean = std = None  # timm's statistics are those of RGB images
-    return {"vit": vit, "arch": arch, "mean": mean, "std": std}
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
@@ -81,11 +40,14 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | No
         raise FileNotFoundError(f"model {path} does not exist; give a .safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
-            arch = (file.metadata() or {}).get("arch")
+            arch = json.loads((file.metadata() or {}).get("arch", "null"))
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return state, json.loads(arch) if arch else None
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"model {path} is not a readable safetensors file ({error})") from error
+    except (SafetensorError, ValueError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model {path} is not a readable safetensors file ({reason})") from error
+    if arch is not None and not isinstance(arch, dict):
+        raise ValueError(f"model {path} has the arch {arch!r}; give VisionTransformer's arguments")
+    return state, arch
 
 
 def load_weights(vit: torch.nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -99,7 +61,7 @@ def load_weights(vit: torch.nn.Module, state: Mapping[str, Tensor], source: str)
     if wrong:
         kind = "lacks" if wrong[0] in own else "has the unknown tensor"
         raise ValueError(
-            f"{source} {kind} {wrong[0]} ({len(wrong)} tensors differ); "
+            f"{source} {kind} {_printable(wrong[0])} ({len(wrong)} tensors differ); "
             "give weights of this architecture"
         )
     for name, tensor in own.items():
@@ -107,6 +69,10 @@ def load_weights(vit: torch.nn.Module, state: Mapping[str, Tensor], source: str)
             raise ValueError(
                 f"{source}: {name} has shape {tuple(state[name].shape)}; "
                 f"this architecture needs {tuple(tensor.shape)}"
+            )
+        if state[name].is_floating_point() != tensor.is_floating_point():
+            raise ValueError(
+                f"{source}: {name} is {state[name].dtype}; this architecture needs {tensor.dtype}"
             )
     vit.load_state_dict(dict(state))
 
@@ -132,7 +98,7 @@ def save(vit: PrunableViT, path: Path, measured: Mapping[str, Any]) -> None:
         "measured": dict(measured),
     }
     state = {key: value.detach().cpu().contiguous() for key, value in vit.vit.state_dict().items()}
-    replace_file(path / WEIGHTS, lambda temporary: save_file(state, temporary))
+    write_tensors(path / WEIGHTS, state)
     replace_file(
         path / SHAPE, lambda temporary: temporary.write_text(json.dumps(description, indent=1))
     )
@@ -148,34 +114,60 @@ def load(path: Path) -> PrunableViT:
     description = read_description(path)
     state, _ = read_safetensors(path / WEIGHTS)
     try:
-        arch, stored = description["arch"], description["input"]
-        shape = ViTShape.from_json(description["shape"])
-        step = description["token_step"]
-        tokens = (step["method"], step["options"], step["thresholds"]) if step else None
-    except (KeyError, TypeError, AttributeError) as error:
+        return _rebuilt(description, state)
+    except KeyError as error:
         raise ValueError(
             f"{path / SHAPE} lacks {error}; give what PrunableViT.save writes"
         ) from error
-    parts = build(arch["name"], arch["args"])
-    mean, std = (tuple(stored[key]) if stored[key] is not None else None for key in ("mean", "std"))
-    vit = PrunableViT(**{**parts, "mean": mean, "std": std})
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{path / SHAPE}: {error}") from error
+
+
+def _rebuilt(description: Mapping[str, Any], state: Mapping[str, Tensor]) -> PrunableViT:
+    arch, given = description["arch"], description["input"]
+    shape = ViTShape.from_json(description["shape"])
+    name, args = arch["name"], arch["args"]
+    if not isinstance(args, dict):
+        raise ValueError(f"arch.args is {args!r}; give a table")
+    stored = sum(tensor.numel() for tensor in state.values())
+    check_size(name, args, most=MOST_PER_STORED * stored)
+    statistics = {key: _per_channel(key, given[key], shape.channels) for key in ("mean", "std")}
+    vit = PrunableViT(**{**build(name, args), **statistics})
     cut_to_shape(vit, shape)
-    if tokens is not None:
-        method, options, thresholds = tokens
-        pruner = load_method(method, **options)
+    if (step := description["token_step"]) is not None:
+        method, thresholds = step["method"], dict(step["thresholds"])
+        pruner = load_method(method, **step["options"])
         if not isinstance(pruner, ReducesTokens):
-            raise ValueError(
-                f"{path / SHAPE}: token_step {method!r} reduces no tokens; give a token method"
-            )
+            raise ValueError(f"token_step {method!r} reduces no tokens; give a token method")
+        pruner.check(vit.shape(), thresholds)
         pruner.place(vit, thresholds)
-    load_weights(vit.vit, state, source=str(path / WEIGHTS))
+    load_weights(vit.vit, state, source=WEIGHTS)
     layers = dict(vit.linears())
+    if unknown := sorted(shape.nonzero.keys() - layers.keys()):
+        raise ValueError(f"nonzero has {unknown[0]!r}, which is no layer of this model")
     vit.masks = {
         site: nonzero_mask(layers[site].weight, kept, site) for site, kept in shape.nonzero.items()
     }
     if vit.shape() != shape:
-        raise ValueError(f"{path} holds a model of another shape than its {SHAPE} says")
+        raise ValueError(f"{WEIGHTS} holds a model of another shape than its {SHAPE} says")
     return vit
+
+
+def _per_channel(key: str, values: object, channels: int) -> tuple[float, ...] | None:
+    if values is None:
+        return None
+    if (
+        not isinstance(values, list)
+        or len(values) != channels
+        or not all(type(v) in (int, float) and math.isfinite(v) for v in values)
+        or (key == "std" and min(values) <= 0.0)
+    ):
+        raise ValueError(f"input.{key} is {values!r}; give {channels} numbers, one per channel")
+    return tuple(float(value) for value in values)
+
+
+def _printable(name: str) -> str:
+    return name if name.isprintable() else repr(name)
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -192,13 +184,25 @@ def read_description(path: Path) -> dict[str, Any]:
         )
     try:
         description = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not JSON ({error})") from error
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise ValueError(
             f"{file} is not of format {FORMAT}; this version reads format {FORMAT} only"
         )
     return description
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: If it cannot be written; safetensors' own writer raises an error of its own.
+    """
+    content = safetensors_bytes(tensors, metadata)
+    replace_file(path, lambda temporary: temporary.write_bytes(content))
 
 
 def replace_file(target: Path, write: Callable[[Path], object]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pruners.checkpoint import replace_file
 from pruners.pruner import Batches
+from pruners.sealed import load_sealed, save_sealed
 from pruners.shape import ViTShape
 from pruners.training import NonFiniteLossError
 from pruners.vit import PrunableViT
@@ -235,7 +236,7 @@ def run(
 
     Raises:
         NonFiniteLossError: If the loss is not finite.
-        ValueError: If there are no batches.
+        ValueError: If there are no batches, or if the checkpoint is damaged.
     """
     device = next(learner.vit.parameters()).device
     done = _resume(learner, checkpoint, device) if checkpoint and checkpoint.exists() else 0
@@ -262,12 +263,20 @@ def _write(learner: Learner, checkpoint: Path, done: int) -> None:
         "learner": learner.state_dict(),
         "optimizers": {name: o.state_dict() for name, o in learner.optimizers.items()},
     }
-    replace_file(checkpoint, lambda temporary: torch.save(state, temporary))
+    replace_file(checkpoint, lambda temporary: save_sealed(state, temporary))
 
 
 def _resume(learner: Learner, checkpoint: Path, device: torch.device) -> int:
-    state = torch.load(checkpoint, map_location=device, weights_only=True)
-    learner.load_state_dict(state["learner"])
-    for name, optimizer in learner.optimizers.items():
-        optimizer.load_state_dict(state["optimizers"][name])
-    return int(state["done"])
+    state = load_sealed(checkpoint, device)
+    try:
+        done: int = state["done"]
+        learner.load_state_dict(state["learner"])
+        for name, optimizer in learner.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        if type(done) is not int or done < 0:
+            raise ValueError(f"done is {done!r}")
+    except Exception as error:  # of what does not fit, torch raises what comes
+        raise ValueError(
+            f"{checkpoint} is no state of this run; remove it, and the run starts again"
+        ) from error
+    return done

@@ -14,11 +14,10 @@ from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pruners.allocation import common_cutoff
-from pruners.checkpoint import replace_file
+from pruners.checkpoint import load_weights, write_tensors
 from pruners.cost import cost_of
 from pruners.gates import Learner, LearningData, run
 from pruners.pruner import Batches, Scores, Thresholds
@@ -26,6 +25,8 @@ from pruners.shape import ViTShape
 from pruners.sites import block_site, kind_of
 from pruners.unit_pruner import UnitPruner
 from pruners.vit import PrunableViT
+
+_NOT_A_REPORT = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class Learned:
         tensors |= {f"weights.{name}": t for name, t in self.weights.items()}
         tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
         metadata = {"report": json.dumps(dict(self.report))}
-        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata))
+        write_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: Path) -> Learned:
@@ -61,12 +62,21 @@ class Learned:
         found: dict[str, dict[str, Tensor]] = {"scores": {}, "weights": {}}
         try:
             with safe_open(path, framework="pt") as file:
-                report = json.loads(file.metadata()["report"])
+                report = {key: float(v) for key, v in json.loads(file.metadata()["report"]).items()}
                 for key in file.keys():  # noqa: SIM118
                     kind, _, name = key.partition(".")
                     found[kind][name] = file.get_tensor(key)
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} does not hold learned scores ({error})") from error
+        except (SafetensorError, *_NOT_A_REPORT) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path} does not hold learned scores ({reason})") from error
+        if "seconds" not in report:
+            raise ValueError(f"{path} does not hold learned scores (its report lacks 'seconds')")
+        for site, scores in found["scores"].items():
+            if not scores.is_floating_point() or scores.dim() not in (1, 2):
+                raise ValueError(
+                    f"{path}: scores of {site!r} are {scores.dtype} of shape "
+                    f"{tuple(scores.shape)}; give floats, per unit or per weight"
+                )
         return cls(scores=found["scores"], weights=found["weights"], report=report)
 
 
@@ -168,7 +178,7 @@ class LearnedPruner(UnitPruner, abc.ABC):
     def cut_learned(self, vit: PrunableViT, learned: Learned, thresholds: Thresholds) -> None:
         """Take over the learned weights and cut in place."""
         if learned.weights:
-            vit.vit.load_state_dict(dict(learned.weights))
+            load_weights(vit.vit, learned.weights, source=f"what {self.name} learned")
         self.cut(vit, learned.scores, thresholds)
 
     def allocate(self, shape: ViTShape, scores: Scores, macs: float) -> Thresholds:

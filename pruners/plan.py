@@ -134,18 +134,22 @@ class Plan:
         """Read what `to_json` wrote.
 
         Raises:
-            ValueError: If a key is missing, or a method or an option is unknown.
+            ValueError: If a key is missing, a method or an option unknown, or a share no number.
         """
         try:
-            steps = [(s["method"], s["options"], s["thresholds"]) for s in values["steps"]]
+            steps = [
+                Step(pruner=load_method(s["method"], **s["options"]), thresholds=s["thresholds"])
+                for s in values["steps"]
+            ]
         except (KeyError, TypeError) as error:
             raise ValueError(f"plan lacks {error}; give what Plan.to_json writes") from error
-        return cls(
-            steps=tuple(
-                Step(pruner=load_method(m, **options), thresholds=dict(t))
-                for m, options, t in steps
-            )
-        )
+        for step in steps:
+            shares = step.thresholds
+            if not isinstance(shares, dict) or any(
+                type(share) not in (int, float) for share in shares.values()
+            ):
+                raise ValueError(f"thresholds of {step.pruner.name} are {shares!r}; give shares")
+        return cls(steps=tuple(steps))
 
     def _active(self) -> list[Step]:
         return [step for step in self.steps if step.active]

@@ -94,9 +94,10 @@ class Pruner(abc.ABC):
                     f"threshold of {site!r} names no site of {self.name}; its sites are like "
                     f"{', '.join(list(sites)[:3]) or '(none left)'}"
                 )
-            if not (0.0 <= share < 1.0 or (share == 1.0 and self.whole_sites)):
+            number = isinstance(share, (int, float))
+            if not number or not (0.0 <= share < 1.0 or (share == 1.0 and self.whole_sites)):
                 raise ValueError(
-                    f"threshold of {site} is {share}; "
+                    f"threshold of {site} is {share!r}; "
                     "give the share of units to cut, 0 <= share < 1"
                     + (", or 1 for the whole branch" if self.whole_sites else "")
                 )
@@ -124,6 +125,8 @@ def load_method(name: str, **options: Any) -> Pruner:
         ValueError: For an unknown name or option, with those that exist.
     """
     names = method_names()
+    if not isinstance(name, str):
+        raise ValueError(f"method is {name!r}; give one of {', '.join(names)}")
     if name not in names:
         near = difflib.get_close_matches(name, names, 1)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -143,4 +146,8 @@ def load_method(name: str, **options: Any) -> Pruner:
             f"it takes {', '.join(known) or 'no options'}"
         )
     # TOML and JSON have lists where options are tuples.
-    return method(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    try:
+        return method(**given)
+    except TypeError as error:
+        raise ValueError(f"options of {name} are {given}, of the wrong type ({error})") from error

@@ -121,17 +121,52 @@ class ViTShape:
         """Read what `to_json` wrote.
 
         Raises:
-            ValueError: If a field is missing or unknown.
+            ValueError: If a field is missing, unknown or of another type.
         """
-        known, given = {f.name for f in fields(cls)}, set(values)
-        if known != given:
-            raise ValueError(
-                f"shape has missing fields {sorted(known - given)} and unknown fields "
-                f"{sorted(given - known)}; give what ViTShape.to_json writes"
-            )
-        blocks = tuple(BlockShape(**block) for block in values["blocks"])
+        _check_fields(cls, values, "shape")
+        blocks, nonzero = values["blocks"], values["nonzero"]
+        if not isinstance(blocks, (list, tuple)) or not isinstance(nonzero, Mapping):
+            raise ValueError("shape has no list of blocks, or no table of nonzero; give both")
+        for index, block in enumerate(blocks):
+            _check_fields(BlockShape, block, f"blocks.{index} of the shape")
+            for key, value in block.items():
+                _check_number(f"{key} of blocks.{index}", value)
+        for key, value in values.items():
+            if key in _PAIRS:
+                if not isinstance(value, (list, tuple)) or len(value) != 2:
+                    raise ValueError(f"{key} of the shape is {value!r}; give height and width")
+                _check_number(key, value[0])
+                _check_number(key, value[1])
+            elif key in _FLAGS:
+                if not isinstance(value, bool):
+                    raise ValueError(f"{key} of the shape is {value!r}; give true or false")
+            elif key not in ("blocks", "nonzero"):
+                _check_number(key, value)
+        for site, kept in nonzero.items():
+            _check_number(f"nonzero of {site!r}", kept)
         image, patch = tuple(values["image"]), tuple(values["patch"])
-        return cls(**{**values, "image": image, "patch": patch, "blocks": blocks})
+        parts = tuple(BlockShape(**block) for block in blocks)
+        return cls(**{**values, "image": image, "patch": patch, "blocks": parts})
+
+
+_PAIRS = ("image", "patch")
+_FLAGS = ("class_token", "qkv_bias", "proj_bias", "qk_norm", "layer_scale")
+
+
+def _check_fields(kind: type[BlockShape] | type[ViTShape], values: object, name: str) -> None:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{name} is {values!r}; give what ViTShape.to_json writes")
+    known, given = {f.name for f in fields(kind)}, set(values)
+    if known != given:
+        raise ValueError(
+            f"{name} has missing fields {sorted(known - given)} and unknown fields "
+            f"{sorted(given - known)}; give what ViTShape.to_json writes"
+        )
+
+
+def _check_number(name: str, value: object) -> None:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{name} of the shape is {value!r}; give a whole number, at least 0")
 
 
 def units_kept(units: int, share: float, multiple: int = 1) -> int:

@@ -112,7 +112,7 @@ class PrunableViT(nn.Module):
     @classmethod
     def from_timm(cls, name: str, *, pretrained: bool = True, **args: Any) -> Self:
         """Build a timm model by name, with timm's own weights unless `pretrained` is false."""
-        from pruners.checkpoint import build
+        from pruners.architecture import build
 
         return cls(**build(name, args, pretrained=pretrained))
 
@@ -121,7 +121,8 @@ class PrunableViT(nn.Module):
         cls, state: Mapping[str, Tensor], name: str | None = None, **args: Any
     ) -> Self:
         """Build timm's `name`, or a plain `VisionTransformer(**args)`, with the given weights."""
-        from pruners.checkpoint import build, load_weights
+        from pruners.architecture import build
+        from pruners.checkpoint import load_weights
 
         parts = build(name, args)
         load_weights(parts["vit"], state, source="the state dict")
@@ -134,12 +135,20 @@ class PrunableViT(nn.Module):
         Without `name` and `args` the file's metadata must hold `arch`: the arguments of
         `VisionTransformer` as JSON.
         """
-        from pruners.checkpoint import build, load_weights, read_safetensors
+        from pruners.architecture import build, check_size
+        from pruners.checkpoint import load_weights, read_safetensors
 
         state, file_args = read_safetensors(Path(path))
         if name is None and not args and file_args is None:
             raise ValueError(f"model {path} says nothing of its architecture; give name or args")
-        parts = build(name, args if name is not None else {**(file_args or {}), **args})
+        if name is None:
+            args = {**(file_args or {}), **args}
+        try:
+            if name is None:
+                check_size(name, args, most=10 * sum(tensor.numel() for tensor in state.values()))
+            parts = build(name, args)
+        except ValueError as error:
+            raise ValueError(f"{error}; weights are those of {path}") from error
         load_weights(parts["vit"], state, source=str(path))
         return cls(**parts)
 

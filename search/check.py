@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 
 from pruners import PrunableViT
 from search.model import load_model
-from search.shards import Shards, find_shards
+from search.shards import Shards, find_shards, naming
 from search.space import Space
 from search.sweep import Sweep, SweepError
 
@@ -31,9 +31,9 @@ def _check_labels(sweep: Sweep, split: str, classes: int) -> None:
     data, key = sweep.data, f"data.{split}"
     try:
         shards = find_shards(getattr(data, split), data.image_column, data.label_column)
+        named, low, high = label_range(shards)
     except (ValueError, FileNotFoundError) as error:
         raise SweepError(f"{key}: {error}") from error
-    named, low, high = label_range(shards)
     if low < 0:
         raise SweepError(f"{key} has the label {low}; give labels from 0 to {classes - 1}")
     found = named if named is not None else high + 1
@@ -47,31 +47,28 @@ def _check_labels(sweep: Sweep, split: str, classes: int) -> None:
 def label_range(shards: Shards) -> tuple[int | None, int, int]:
     """Return how many classes the schema names (None if it does not say), and the labels' range.
 
-    The range comes from the row groups' statistics where they are there, else from the labels.
+    The row groups' statistics would say it sooner, but where they are damaged, reading them ends
+    the process.
+
+    Raises:
+        ValueError: If labels are absent, or a file is damaged.
     """
     named, lows, highs = None, [], []
     for path in shards.paths:
-        with shards.filesystem.open_input_file(path) as source:
-            file = pq.ParquetFile(source)
+        with naming(path), shards.filesystem.open_input_file(path) as source:
+            file = pq.ParquetFile(source, pre_buffer=True)
             named = named or _named_classes(file, shards.label_column)
-            column = file.schema_arrow.get_field_index(shards.label_column)
-            leaf = _leaf(file, shards.label_column, column)
-            for group in range(file.num_row_groups):
-                statistics = file.metadata.row_group(group).column(leaf).statistics
-                if statistics is not None and statistics.has_min_max:
-                    low, high = statistics.min, statistics.max
-                else:
-                    labels = file.read_row_group(group, columns=[shards.label_column]).column(0)
-                    low, high = (pc.min_max(labels)[end].as_py() for end in ("min", "max"))
-                lows.append(low)
-                highs.append(high)
+            labels = file.read(columns=[shards.label_column]).column(0)
+        if labels.null_count:
+            raise ValueError(
+                f"{path}: {shards.label_column} is empty in {labels.null_count} rows; "
+                "give each image a label"
+            )
+        if len(labels):
+            low, high = (pc.min_max(labels)[end].as_py() for end in ("min", "max"))
+            lows.append(low)
+            highs.append(high)
     return named, min(lows), max(highs)
-
-
-def _leaf(file: pq.ParquetFile, column: str, otherwise: int) -> int:
-    """Index of a column among the leaves that Parquet stores: a struct has several."""
-    leaves = [file.schema.column(i).path for i in range(len(file.schema))]
-    return leaves.index(column) if column in leaves else otherwise
 
 
 def _named_classes(file: pq.ParquetFile, column: str) -> int | None:
@@ -80,6 +77,6 @@ def _named_classes(file: pq.ParquetFile, column: str) -> int | None:
     try:
         features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
         names = features[column]["names"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return len(names) if isinstance(names, list) else None

@@ -38,6 +38,9 @@ from search.trial_data import calibration_batches, open_split, trial_device
 FOLDER = "elastic"
 """Folder of a sweep's storage that holds tuned dense models; all sweeps there share it."""
 
+REPORT = {"epochs", "dense_before", "dense_after", "seconds"}
+"""What a tuned model's description reports of how it was tuned."""
+
 PASSES = 4
 """Models that are run forward and backward in a step: dense, smallest, and two plans."""
 
@@ -229,7 +232,10 @@ def tune_once(sweep: Sweep, dense: PrunableViT, start: ElasticStart, folder: Pat
         }
         tuned.save(path, measured=report)
         state.unlink(missing_ok=True)
-    return ElasticRun(path=str(path), report=read_description(path)["measured"], reused=reused)
+    found = read_description(path).get("measured")
+    if not isinstance(found, dict) or REPORT - found.keys():
+        raise ValueError(f"{path / SHAPE} reports {found!r}; remove {path}, to tune again")
+    return ElasticRun(path=str(path), report=found, reused=reused)
 
 
 def _tune(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -55,6 +56,10 @@ RESULT = (*METRICS, "trial", "epoch", "status", "reason", "shape")
 """Keys of a trial's result that are kept; Ray adds its own."""
 
 
+_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+"""What reading a line raises that is not what was written."""
+
+
 class Ledger:
     """The events of a sweep, and what they add up to.
 
@@ -88,11 +93,11 @@ class Ledger:
         self.growing = GrowingFront(sweep.cost)
         self.ended = 0
         self.past = self.journal.read()
-        self.seconds = _active_ms(self.past) / 1000.0
         try:
+            self.seconds = _active_ms(self.past) / 1000.0
             for event in self.past:
                 self._take(event)
-        except (KeyError, TypeError) as error:
+        except _DAMAGE as error:
             raise ValueError(
                 f"{self.journal.path} lacks what came before one of its lines ({error}); put back "
                 "a copy of it, or move its directory away to start anew"
@@ -194,6 +199,8 @@ class Ledger:
 
 def new_record(config: dict[str, Any]) -> TrialRecord:
     """Return the record of a trial that has just got its configuration."""
+    if not re.fullmatch("[0-9]{4,9}", config["trial"]):  # a folder is named by it
+        raise ValueError(f"trial is {config['trial']!r}; give a number of four digits")
     values = json.loads(config["plan"])
     plan = Plan.from_json(values)
     methods = "+".join(step.pruner.name for step in plan.steps if step.active) or "dense"

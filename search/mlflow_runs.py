@@ -58,10 +58,18 @@ class SweepRuns:
         """Use `open` instead."""
         self.client, self.notes, self.directory = client, notes, notes.path.parent
         self.earlier = earlier
-        self.experiment, self.parent = lines[0]["experiment"], lines[0]["parent"]
-        self.trials = {line["trial"]: line["run"] for line in lines if "trial" in line}
-        places = [line["place"] for line in lines if "place" in line]
-        self.place = places[-1] if places else 0
+        try:
+            self.experiment, self.parent = str(lines[0]["experiment"]), str(lines[0]["parent"])
+            self.trials = {
+                str(line["trial"]): str(line["run"]) for line in lines if "trial" in line
+            }
+            places = [int(line["place"]) for line in lines if "place" in line]
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(
+                f"{self.notes.path} lacks something ({error}); put back a copy of it, "
+                "or move it away to log to new runs"
+            ) from error
+        self.place = max(0, places[-1]) if places else 0
         self.members: set[str] | None = None  # that are tagged; None is unknown
         self.shown: set[str] | None = None  # that the note and the pictures show
         self.redraw, self.again = -math.inf, True
@@ -89,8 +97,9 @@ class SweepRuns:
         Raises:
             SweepError: If there are none yet, and MLflow does not take any.
         """
+        # What goes wrong is said by whoever follows the ledger, in a line.
         for noisy in ("alembic", "mlflow.store.db.utils"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
+            logging.getLogger(noisy).setLevel(logging.CRITICAL)
         # Who asks repeats what failed, and looks first whether it was done.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         notes = Journal(directory / RUNS, may_write)

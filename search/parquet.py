@@ -183,7 +183,7 @@ def open_images(
         ValueError: If it is not such a Parquet file, or has more corrupt images than allowed.
     """
     shards = find_shards(source, image_column, label_column)
-    fits = shards.rows * _pixel_bytes(spec) <= cache_gb * 1e9
+    fits = _fits(shards, spec, cache_gb)
     digest = _digest(shards, spec, whole=fits)
     corrupt = Corrupt(limit=max_corrupt, names=[])
     if not fits:
@@ -194,10 +194,10 @@ def open_images(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{digest}.arrow"
     with FileLock(path.with_suffix(".lock")):  # of the processes of a node, one decodes
-        found = _map(path, spec)
+        found = open_decoded(path, spec, shards.rows)
         if found is None:
             _decode_to(path, shards, spec, Corrupt(limit=max_corrupt, names=[]))
-            found = _map(path, spec)
+            found = open_decoded(path, spec, shards.rows)
     if found is None or found[0].num_rows == 0:
         raise ValueError(f"{source} has no readable images; give at least one")
     table, names = found
@@ -206,6 +206,18 @@ def open_images(
     return Images(
         spec=spec, digest=digest, count=table.num_rows, table=table, shards=shards, corrupt=corrupt
     )
+
+
+def data_digest(
+    source: str, spec: ImageSpec, *, cache_gb: float, image_column: str, label_column: str
+) -> str:
+    """Return the digest that `open_images` gives a split, without decoding it."""
+    shards = find_shards(source, image_column, label_column)
+    return _digest(shards, spec, whole=_fits(shards, spec, cache_gb))
+
+
+def _fits(shards: Shards, spec: ImageSpec, cache_gb: float) -> bool:
+    return shards.rows * _pixel_bytes(spec) <= cache_gb * 1e9
 
 
 def default_cache() -> Path:
@@ -248,21 +260,47 @@ def _decode_to(path: Path, shards: Shards, spec: ImageSpec, corrupt: Corrupt) ->
                 writer.write_batch(_record_batch([p for p, _ in decoded], labels, numbers, spec))
                 written += len(decoded)
         os.replace(temporary, path)
-        temporary.write_text(json.dumps({"rows": written, "corrupt": corrupt.names}))
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        note = {"rows": written, "corrupt": corrupt.names, "labels": _labels_digest(table)}
+        temporary.write_text(json.dumps(note))
         os.replace(temporary, path.with_suffix(".json"))
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _map(path: Path, spec: ImageSpec) -> tuple[pa.Table, list[str]] | None:
-    """Map a decoded split into memory; None if there is none, or if it is torn or of old."""
+def open_decoded(path: Path, spec: ImageSpec, rows: int) -> tuple[pa.Table, list[str]] | None:
+    """Map a decoded split into memory; None if there is none, or if it is not what was written.
+
+    Args:
+        path: The file of the decoded images.
+        spec: How they are prepared.
+        rows: Rows of the source.
+
+    Returns:
+        The images, and the names of those that could not be read.
+    """
     try:
         note = json.loads(path.with_suffix(".json").read_text())
+        names = [str(name) for name in note["corrupt"]]
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    except (FileNotFoundError, json.JSONDecodeError, pa.ArrowInvalid):
+        table.validate()  # Arrow trusts what a file says of the places of its columns
+        whole = (
+            table.schema == _schema(spec)
+            and table.num_rows == note["rows"] == rows - len(names)
+            and not any(column.null_count for column in table.columns)
+            and _labels_digest(table) == note["labels"]
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, pa.ArrowException):
         return None
-    whole = table.num_rows == note["rows"] and table.schema == _schema(spec)
-    return (table, note["corrupt"]) if whole else None
+    return (table, names) if whole else None
+
+
+def _labels_digest(table: pa.Table) -> str:
+    """SHA-256 of the labels and numbers of decoded images; the pixels would take long."""
+    digest = hashlib.sha256()
+    for name in ("label", "number"):
+        digest.update(table.column(name).to_numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _schema(spec: ImageSpec) -> pa.Schema:

@@ -11,12 +11,19 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from search import pareto
+
+TrialName = Annotated[str, Field(pattern=r"^[0-9]{4,9}$")]
+"""Name of a trial, which its folder bears."""
+
+ModelPath = Annotated[str, Field(pattern=r"^(models/[0-9]{4,9}/epoch-[0-9]{4,9})?$")]
+"""Where a trial's model lies, below the sweep's directory; empty where there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +66,11 @@ class TrialRecord:
         checkpoint: Directory of the model, below the sweep's directory; empty without one.
     """
 
-    trial: str
+    __pydantic_config__ = ConfigDict(extra="forbid")  # for records that are read
+
+    trial: TrialName
     name: str
-    status: str
+    status: Annotated[str, Field(pattern=r"^(running|finished|stopped|failed|dense)$")]
     reason: str = ""
     origin: str
     of: str = ""
@@ -87,7 +96,7 @@ class TrialRecord:
     shape: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
-    checkpoint: str = ""
+    checkpoint: ModelPath = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +118,9 @@ class Front:
 
 REFERENCE = {"cost_ratio": 1.0, "top1": 0.0}
 """Reference point of the hypervolume: the dense model's cost, and no correct answer."""
+
+COSTS = ("effective_gmacs", "gmacs", "latency")
+"""What accuracy can be traded against."""
 
 MEMBER_KEYS = (
     "trial",
@@ -135,6 +147,8 @@ MEMBER_KEYS = (
     "methods",
     "checkpoint",
 )
+_SHOWN = ("val_top1", "gmacs", "effective_gmacs", "params", "density", "images_per_s")
+_RECORDS = TypeAdapter(list[TrialRecord])
 _JSON_COLUMNS = ("parameters", "plan", "shape", "history")
 _TYPES = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
 _SCHEMA = pa.schema(
@@ -237,11 +251,12 @@ def read_front(path: Path) -> Front:
         raise FileNotFoundError(f"{path} does not exist; give the directory of a sweep that ran")
     try:
         values = json.loads(path.read_text())
-        dense = TrialRecord(status="dense", **values["dense"])
-        members = tuple(TrialRecord(status="finished", **member) for member in values["front"])
-        volume = float(values["hypervolume"])
-        return Front(cost=values["cost"], hypervolume=volume, dense=dense, members=members)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        rows = [{"status": "finished", **member} for member in values["front"]]
+        dense, *members = _checked([{"status": "dense", **values["dense"]}, *rows])
+        cost, volume = values["cost"], float(values["hypervolume"])
+        _check_shown(cost, [dense, *members])
+        return Front(cost=cost, hypervolume=volume, dense=dense, members=tuple(members))
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is no front ({error}); give what a sweep wrote") from error
 
 
@@ -265,12 +280,42 @@ def read_trials(path: Path) -> list[TrialRecord]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give the directory of a sweep that ran")
     try:
-        rows = pq.read_table(path).to_pylist()
+        with pq.ParquetFile(path) as file:
+            rows = file.read(use_threads=False).to_pylist()
         for row in rows:
             row |= {column: json.loads(row[column]) for column in _JSON_COLUMNS}
-        return [TrialRecord(**row) for row in rows]
-    except (pa.ArrowInvalid, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no table of trials ({error})") from error
+        return _checked(rows)
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is no table of trials ({reason})") from error
+
+
+def _checked(rows: list[dict[str, Any]]) -> list[TrialRecord]:
+    """Return records whose values are of the right types.
+
+    Raises:
+        ValueError: For the first that is not, in one line.
+    """
+    try:
+        return _RECORDS.validate_python(rows)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{first['loc']}: {first['msg']}") from error
+
+
+def _check_shown(cost: str, records: Sequence[TrialRecord]) -> None:
+    """Check that what a front shows is there.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if cost not in COSTS:
+        raise ValueError(f"cost is {cost!r}; there are {', '.join(COSTS)}")
+    for record in records:
+        if absent := [key for key in _SHOWN if getattr(record, key) is None]:
+            raise ValueError(f"{absent[0]} of trial {record.trial} is absent")
+        if not cost_of_record(record, cost) > 0.0:
+            raise ValueError(f"{cost} of trial {record.trial} is not above 0")
 
 
 def _member(record: TrialRecord) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -56,9 +57,10 @@ class Shards:
     def read_groups(self, order: list[Group]) -> Iterator[Chunk]:
         """Yield the rows of the given row groups."""
         for path, group, first in order:
-            with self.filesystem.open_input_file(path) as source:
+            with naming(path), self.filesystem.open_input_file(path) as source:
                 file = pq.ParquetFile(source)
                 table = file.read_row_group(group, columns=[self.image_column, self.label_column])
+                table.validate(full=True)
             images, labels = (table.column(c) for c in (self.image_column, self.label_column))
             if labels.null_count:
                 raise ValueError(
@@ -79,12 +81,25 @@ class Shards:
         groups: list[Group] = []
         first = 0
         for path in self.paths:
-            with self.filesystem.open_input_file(path) as source:
+            with naming(path), self.filesystem.open_input_file(path) as source:
                 metadata = pq.ParquetFile(source).metadata
             for number in range(metadata.num_row_groups):
                 groups.append(Group(path, number, first))
                 first += metadata.row_group(number).num_rows
         return groups
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Name the file in what Arrow raises.
+
+    Raises:
+        ValueError: Instead of Arrow's own errors, of damaged files and of storage that fails.
+    """
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a Parquet file ({_one_line(error)})") from error
 
 
 def find_shards(source: str, image_column: str = "image", label_column: str = "label") -> Shards:
@@ -105,13 +120,10 @@ def find_shards(source: str, image_column: str = "image", label_column: str = "l
         )
     rows = 0
     for shard in paths:
-        try:
-            with filesystem.open_input_file(shard) as file:
-                parquet = pq.ParquetFile(file)
-                _check_columns(shard, parquet.schema_arrow, image_column, label_column)
-                rows += parquet.metadata.num_rows
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{shard} is not a Parquet file ({error})") from error
+        with naming(shard), filesystem.open_input_file(shard) as file:
+            parquet = pq.ParquetFile(file)
+            _check_columns(shard, parquet.schema_arrow, image_column, label_column)
+            rows += parquet.metadata.num_rows
     if rows == 0:
         raise ValueError(f"{source} has no rows; give at least one image")
     return Shards(
@@ -144,13 +156,27 @@ def _check_columns(path: str, schema: pa.Schema, image_column: str, label_column
     for column in (image_column, label_column):
         if column not in schema.names:
             raise ValueError(f"{path} has no column {column!r}; its columns are {schema.names}")
+        if schema.names.count(column) > 1:
+            raise ValueError(f"{path} has several columns {column!r}; give one")
     image, label = schema.field(image_column).type, schema.field(label_column).type
-    if not pa.types.is_struct(image) or image.get_field_index("bytes") < 0:
+    if not _is_image(image):
         raise ValueError(
-            f"{path}: {image_column} is {image}; give struct<bytes: binary, path: string>"
+            f"{path}: {image_column} is {_one_line(image)}; "
+            "give struct<bytes: binary, path: string>"
         )
     if not pa.types.is_integer(label):
-        raise ValueError(f"{path}: {label_column} is {label}; give integers from 0")
+        raise ValueError(f"{path}: {label_column} is {_one_line(label)}; give integers from 0")
+
+
+def _one_line(value: object) -> str:
+    return " ".join(str(value).split())
+
+
+def _is_image(kind: pa.DataType) -> bool:
+    if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+        return False
+    content = kind.field("bytes").type
+    return bool(pa.types.is_binary(content) or pa.types.is_large_binary(content))
 
 
 def _name(image: dict[str, object] | None, path: str, group: int, row: int) -> str:

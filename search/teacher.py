@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import io
 import json
 import os
 from contextlib import suppress
@@ -134,8 +135,7 @@ class Teacher:
         (rows, classes), done = self._shape, 0
         views = epoch if self.augment else None
         with path.open("wb") as file:  # a memory map would crash where the disk is full
-            header = {"descr": "<f2", "fortran_order": False, "shape": self._shape}
-            np.lib.format.write_array_header_1_0(file, header)
+            file.write(_header(self._shape))
             for images, _, numbers in self.images.numbered(
                 self.batch_size, order=None, views=views, device=self.device
             ):
@@ -172,10 +172,22 @@ def open_answers(path: Path, shape: tuple[int, int]) -> Answers | None:
         note = json.loads(path.with_suffix(".json").read_text())
         if path.stat().st_size != note["bytes"] or file_digest(path) != note["sha256"]:
             return None
-        answers = np.load(path, mmap_mode="r")
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # bad JSON is a ValueError
+        header = _header(shape)
+        with path.open("rb") as file:
+            if file.read(len(header)) != header:
+                return None
+        return np.memmap(path, np.float16, "r", offset=len(header), shape=shape)
+    # Bad JSON is a ValueError; so is a file that is too short.
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return answers if answers.shape == shape and answers.dtype == np.float16 else None
+
+
+def _header(shape: tuple[int, int]) -> bytes:
+    """Return the head of a NumPy file of float16."""
+    stream = io.BytesIO()
+    values = {"descr": "<f2", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, values)
+    return stream.getvalue()
 
 
 def make_room(folder: Path, limit: int, keep: Path) -> None:

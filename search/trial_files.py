@@ -101,7 +101,8 @@ class TrialFiles:
             "results": results,
             "seconds": seconds,
         }
-        (temporary / RESULTS).write_text(json.dumps(saved))
+        sealed = {**saved, "digest": json_digest(saved)}
+        (temporary / RESULTS).write_text(json.dumps(sealed))
         shutil.rmtree(target, ignore_errors=True)  # of another trial of this name
         os.replace(temporary, target)
         for other in self.directory.iterdir():
@@ -120,11 +121,13 @@ class TrialFiles:
         path = found[-1] / RESULTS
         try:
             saved = json.loads(path.read_text())
+            if saved.pop("digest") != json_digest(saved):
+                raise ValueError(_damaged(path))
             if saved["identity"] != self.identity:
                 return None
             digests, results = dict(saved["digests"]), list(saved["results"])
             ended, seconds = results[-1]["status"] != "running", float(saved["seconds"])
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        except _DAMAGE as error:
             raise ValueError(_damaged(path)) from error
         expected = {WEIGHTS, SHAPE} if ended else {WEIGHTS, SHAPE, TUNER}
         if digests.keys() != expected:
@@ -132,7 +135,7 @@ class TrialFiles:
         _check_digests(path.parent, digests)
         tuner = None
         if not ended:
-            tuner = torch.load(path.parent / TUNER, map_location="cpu", weights_only=True)
+            tuner = _tuner_state(path.parent / TUNER)
         return Saved(results=results, directory=path.parent, tuner=tuner, seconds=seconds)
 
 
@@ -161,9 +164,23 @@ def check_model(directory: Path) -> None:
     try:
         digests = json.loads(path.read_text())["digests"]
         wanted = {name: digests[name] for name in (WEIGHTS, SHAPE)}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except _DAMAGE as error:
         raise ValueError(_damaged(path)) from error
     _check_digests(directory, wanted)
+
+
+_DAMAGE = (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError)
+"""What reading `RESULTS` raises where it is not what was written."""
+
+
+def _tuner_state(path: Path) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and its unpickler raise what comes
+        raise ValueError(f"{path} is no tuner's state, read with weights_only") from error
+    if not isinstance(state, dict):
+        raise ValueError(_damaged(path))
+    return state
 
 
 def _check_digests(directory: Path, digests: Mapping[str, str]) -> None:

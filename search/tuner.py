@@ -207,7 +207,7 @@ def prepare_directory(sweep: Sweep) -> None:
 
 def _refuse_another(sweep: Sweep) -> None:
     written = sweep.directory / "sweep.toml"
-    if written.exists() and written.read_text() != sweep_toml(sweep):
+    if written.exists() and written.read_bytes() != sweep_toml(sweep).encode():
         raise SweepError(
             f"{sweep.directory} holds another sweep of this name; "
             "give another name or storage, or move the directory away"
@@ -286,7 +286,8 @@ def finish(sweep: Sweep, dense: PrunableViT, ledger: Ledger, tracker: Tracker) -
     """Measure the front and the dense model on the test split, once, and write everything down.
 
     Raises:
-        SweepFailedError: If the dense model could not be measured, so that there is no front.
+        SweepFailedError: If the dense model could not be measured, so that there is no front, or if
+            a model of the front is no longer what its trial left.
     """
     records = dict(ledger.records)
     failed = next(
@@ -307,7 +308,11 @@ def finish(sweep: Sweep, dense: PrunableViT, ledger: Ledger, tracker: Tracker) -
         for name in names
     }
     for name, top1 in pending.items():
-        records[name] = dataclasses.replace(records[name], test_top1=ray.get(top1))
+        try:
+            records[name] = dataclasses.replace(records[name], test_top1=ray.get(top1))
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None) or error
+            raise SweepFailedError(f"trial {name} could not be tested: {cause}") from error
     return write_all(sweep, tracker, sorted(records.values(), key=lambda r: r.trial))
 
 

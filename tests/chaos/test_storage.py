@@ -35,8 +35,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def on(disk: Path, faulty: Faulty) -> Faulty:
     """The same sweeps, with results on another disk."""
     sweep = disk.parent / "tiny.toml"
-    text = faulty.sweep.read_text()
-    sweep.write_text(text.replace(f"{faulty.sweep.parent}/results", f"{disk}/results"))
+    text = faulty.sweep.read_text().replace(f"{faulty.sweep.parent}/results", f"{disk}/results")
+    sweep.write_text(text)
     (disk.parent / "results").symlink_to(disk / "results")
     shutil.copytree(faulty.directory("whole"), disk / "results" / "whole")
     return dataclasses.replace(faulty, sweep=sweep)
@@ -76,17 +76,22 @@ def test_a_full_disk_stops_the_sweep_and_loses_nothing(small_disk: Path, faulty:
 
 def test_a_disk_that_becomes_read_only_stops_the_sweep(small_disk: Path, faulty: Faulty) -> None:
     one = on(small_disk, faulty)
-    driver = one.start("frozen")
+    # Not on that disk: a file that stays open for writing would keep it writable.
+    uri = f"sqlite:///{small_disk.parent}/mlflow.db"
+    environment = {**one.environment, "MLFLOW_TRACKING_URI": uri}
+    one = dataclasses.replace(one, environment=environment)
+    sets = [f'tracking="{uri}"']
+    driver = one.start("frozen", *sets)
     until(lambda: one.lines("frozen") >= 6, 150)
     until(lambda: remount(small_disk, "ro"))
     said = one.finish(driver, 1)
     assert "cannot be written to: Read-only file system" in said
     assert "Traceback" not in said
-    said = one.finish(one.start("frozen"), 1)  # from its start
+    said = one.finish(one.start("frozen", *sets), 1)  # from its start
     assert "cannot be written to: Read-only file system" in said
     assert "Traceback" not in said
     assert remount(small_disk, "rw")
-    one.run("frozen")
+    one.run("frozen", *sets)
     one.same("frozen", "whole")
 
 

@@ -154,6 +154,11 @@ def test_a_broken_plan_file_is_named() -> None:
         ValueError, match="method 'magnitud' does not exist; did you mean 'magnitude'"
     ):
         Plan.from_json({"steps": [{"method": "magnitud", "options": {}, "thresholds": {}}]})
+    for thresholds in ([], {"blocks.0.token": "x"}, {"blocks.0.token": True}):
+        with pytest.raises(ValueError, match=r"thresholds of evit are .*; give shares"):
+            Plan.from_json({"steps": [{"method": "evit", "options": {}, "thresholds": thresholds}]})
+    with pytest.raises(ValueError, match="plan lacks"):
+        Plan.from_json({"steps": [{"method": "evit", "options": [1], "thresholds": {}}]})
 
 
 def test_a_plan_of_zeros_costs_what_dense_costs(tiny) -> None:

@@ -22,5 +22,16 @@ def test_unknown_methods_and_options_say_what_exists() -> None:
         load_method("evit", shar=1)
 
 
+@pytest.mark.parametrize("name", ["os", "../evit", "evit.os", "evit\n", "", "__init__", ["evit"]])
+def test_what_is_no_method_is_not_imported(name: object) -> None:
+    with pytest.raises(ValueError, match=r"method .*there are |method is \['evit'\]; give one of"):
+        load_method(name)  # type: ignore[arg-type]
+
+
+def test_options_of_the_wrong_type_are_named() -> None:
+    with pytest.raises(ValueError, match=r"options of evit are .*'x'.*, of the wrong type"):
+        load_method("evit", ramp_epochs="x")
+
+
 def test_options_from_toml_lists_become_tuples() -> None:
     assert load_method("grouped", units=["neuron"]) == load_method("grouped", units=("neuron",))

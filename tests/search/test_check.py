@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -85,6 +86,25 @@ def test_class_names_of_the_schema_count(statistics: bool, sweep_file: Path) -> 
 def test_label_range_without_names(tmp_path: Path) -> None:
     path = write_images(tmp_path / "a.parquet", [b""] * 4, [3, 1, 2, 1], group=2)
     assert label_range(find_shards(str(path))) == (None, 1, 3)
+
+
+def test_damaged_statistics_do_not_end_the_process(tmp_path: Path) -> None:
+    # Arrow throws in C++, where Python cannot catch it, when it is asked for them.
+    path = write_images(tmp_path / "a.parquet", [b""] * 2, [1, 2])
+    content = bytearray(path.read_bytes())
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    for place in range(footer, len(content) - 8):
+        damaged = bytearray(content)
+        damaged[place] ^= 0x10
+        path.write_bytes(damaged)
+        with suppress(ValueError):  # what it says, the fuzz test checks
+            label_range(find_shards(str(path)))
+
+
+def test_absent_labels_are_named(tmp_path: Path) -> None:
+    path = write_images(tmp_path / "a.parquet", [b""] * 3, [None, None, 2], group=2)
+    with pytest.raises(ValueError, match=r"a\.parquet: label is empty in 2 rows; give each"):
+        label_range(find_shards(str(path)))
 
 
 def test_a_model_without_a_head_is_refused(sweep_file: Path) -> None:

@@ -55,6 +55,22 @@ def test_an_image_that_would_fill_the_memory_is_refused(monkeypatch) -> None:
         decode(bomb.getvalue(), RGB)
 
 
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "PCX", "TGA", "ICO", "PPM"])
+def test_formats_that_data_sets_do_not_hold_are_refused(kind: str) -> None:
+    # Pillow draws EPS by running Ghostscript.
+    stream = io.BytesIO()
+    Image.fromarray(random_pixels(1, 24, 16)[0]).save(stream, format=kind)
+    with pytest.raises(ValueError, match="cannot identify image file"):
+        decode(stream.getvalue(), RGB)
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "MPO", "TIFF", "WEBP"])
+def test_formats_that_data_sets_hold_are_read(kind: str) -> None:
+    stream = io.BytesIO()
+    Image.fromarray(random_pixels(1, 24, 16)[0]).save(stream, format=kind)
+    assert decode(stream.getvalue(), RGB).shape == (24, 16, 3)
+
+
 def test_corrupt_images_are_named_counted_and_skipped_up_to_a_limit() -> None:
     pixels = random_pixels(4, 24, 16)
     files = [png(pixels[0]), b"x", png(pixels[2]), None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -287,6 +288,16 @@ def test_a_run_that_died_while_it_wrote_is_not_taken_for_whole(
     (Path(run.path) / "shape.json").unlink()
     assert not tune_once(sweep, dense, start, tmp_path).reused
     assert tune_once(sweep, dense, start, tmp_path).reused
+
+
+def test_a_report_that_lacks_something_is_named(sweep: Sweep, tmp_path: Path) -> None:
+    (dense, _), start = check(sweep), dataclasses.replace(START, epochs=1)
+    path = Path(tune_once(sweep, dense, start, tmp_path).path) / "shape.json"
+    description = json.loads(path.read_text())
+    del description["measured"]["dense_after"]
+    path.write_text(json.dumps(description))
+    with pytest.raises(ValueError, match=r"shape\.json reports .*; remove .*, to tune again"):
+        tune_once(sweep, dense, start, tmp_path)
 
 
 def test_a_seed_decides_the_run(sweep: Sweep, sweep_file: Path, tmp_path: Path) -> None:

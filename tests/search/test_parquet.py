@@ -244,6 +244,34 @@ def test_a_cache_without_numbers_is_made_again(source: Path, tmp_path: Path) -> 
     assert again[1] == expected[1] == list(range(50))
 
 
+@pytest.mark.parametrize("column", ["label", "number"])
+def test_labels_that_were_altered_are_decoded_again(
+    column: str, source: Path, tmp_path: Path
+) -> None:
+    opened(source, tmp_path)
+    (arrow,) = (tmp_path / "cache").glob("*.arrow")
+    table = pa.ipc.open_file(pa.memory_map(str(arrow))).read_all()
+    values = table.column(column).to_numpy().copy()
+    values[3] += 1000
+    position = table.schema.get_field_index(column)
+    table = table.set_column(position, table.schema.field(column), pa.array(values))
+    arrow.unlink()
+    with pa.OSFile(str(arrow), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    found = opened(source, tmp_path).table
+    assert found is not None
+    assert found.column("label").to_pylist() == LABELS
+    assert found.column("number").to_pylist() == list(range(50))
+
+
+def test_half_a_shard_is_named(source: Path, tmp_path: Path) -> None:
+    content = source.read_bytes()
+    for whole in range(0, len(content), 500):
+        source.write_bytes(content[:whole])
+        with pytest.raises(ValueError, match=r"a\.parquet is not a Parquet file"):
+            opened(source, tmp_path)
+
+
 def test_wrong_sources_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="has no Parquet files; give a file, glob"):
         find_shards(str(tmp_path / "nothing"))

@@ -136,6 +136,51 @@ def test_missing_and_broken_files_are_named(tmp_path) -> None:
         read_trials(tmp_path / "trials.parquet")
 
 
+OUTSIDE = ("../../etc", "/etc", "models/0001/../../x", "models/0001/epoch-0001/..", "models/x")
+
+
+@pytest.mark.parametrize("place", OUTSIDE)
+def test_a_model_lies_below_the_sweeps_directory(place: str, tmp_path) -> None:
+    member = record("0001", 0.5, 70.0, checkpoint=place)
+    write_trials(tmp_path / "trials.parquet", [member])
+    with pytest.raises(ValueError, match=r"trials\.parquet is no table.*checkpoint"):
+        read_trials(tmp_path / "trials.parquet")
+    write_front(tmp_path / "front.json", build_front([DENSE, member], "gmacs"))
+    with pytest.raises(ValueError, match=r"front\.json is no front.*checkpoint"):
+        read_front(tmp_path / "front.json")
+
+
+@pytest.mark.parametrize("name", ["../x", "x", "1", "", "0001/..", "0001\n"])
+def test_trials_are_numbers(name: str, tmp_path) -> None:
+    write_trials(tmp_path / "trials.parquet", [record(name, 0.5, 70.0, checkpoint="")])
+    with pytest.raises(ValueError, match=r"trials\.parquet is no table.*'trial'"):
+        read_trials(tmp_path / "trials.parquet")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"val_top1": None},
+        {"effective_gmacs": 0.0},
+        {"effective_gmacs": math.nan},
+        {"params": "many"},
+        {"density": []},
+        {"epochs": 1.5},
+    ],
+)
+def test_what_a_front_shows_is_checked(change: dict, tmp_path) -> None:
+    path = tmp_path / "front.json"
+    write_front(path, build_front([DENSE, record("0001", 0.5, 70.0)], "effective_gmacs"))
+    values = json.loads(path.read_text())
+    values["front"][0] |= change
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"front\.json is no front"):
+        read_front(path)
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"front\.json is no front"):
+        read_front(path)
+
+
 def test_a_record_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         DENSE.val_top1 = 90.0  # type: ignore[misc]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pruners import PrunableViT
+from search.digests import json_digest
 from search.sweep import SweepFailedError
 from search.trial_files import DECISIVE, TrialFiles, check_model, model_path
 
@@ -135,7 +136,12 @@ def test_results_of_another_form_are_never_used(
     change: dict, files: TrialFiles, vit: PrunableViT
 ) -> None:
     path = saved_twice(files, vit) / "results.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    values = json.loads(path.read_text()) | change
+    path.write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"results\.json is damaged"):
+        files.load()  # the digest is of what was written
+    del values["digest"]
+    path.write_text(json.dumps(values | {"digest": json_digest(values)}))
     if "identity" in change:
         assert files.load() is None
         return
