@@ -68,7 +68,7 @@ def connect() -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.WARNING, log_to_driver=False)
     else:
-        ray.init(include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+        ray.init("local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
 
 
 @contextmanager

@@ -129,7 +129,9 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=8)
     trials = parser.parse_args().trials
     os.chdir(ROOT)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        "local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
+    )
     with tempfile.TemporaryDirectory() as folder, server(Path(folder)) as uri:
         few = one_sweep(Path(folder), uri, trials, 1)
         more = one_sweep(Path(folder), uri, trials, 3)
