@@ -16,7 +16,7 @@ from tests.conftest import labelled, write_images
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 
-MOUNTED_MB = 16
+MOUNTED_MB = 64
 
 
 @pytest.fixture
