@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pruners.masks import apply_masks
+from pruners.peers import PeerOutOfMemoryError, Peers
 from pruners.pruner import Batches
 from pruners.tokens import TokenReducer, Tokens
 from pruners.vit import PrunableViT
@@ -82,6 +83,9 @@ class FineTuner:
         parts: In how many parts a batch is passed through the model, whose gradients add up: more
             need less memory. The update is the same but for rounding, and for what is random or
             compares images of a batch (drop path, the losses of token selectors).
+        peers: The processes that train the same model, if there are several; all pass the same
+            number of batches, each its own images of them. The update is that of the whole batch,
+            as exactly as with `parts`; what ends an epoch early ends it in all of them at once.
         steps: Batches of the running epoch so far; 0 between epochs.
     """
 
@@ -103,6 +107,7 @@ class FineTuner:
         """
         self.vit, self.recipe, self.teacher = vit, recipe, teacher
         self.parts, self.steps = 1, 0
+        self.peers: Peers | None = None
         self.device = next(vit.parameters()).device
         self.autocast = autocast_dtype(recipe.precision, self.device)
         self._total = torch.zeros((), device=self.device)  # loss of the running epoch so far
@@ -143,7 +148,8 @@ class FineTuner:
 
         Raises:
             NonFiniteLossError: If the loss is not finite.
-            TrainingLeftError: If `leave` says so.
+            PeerOutOfMemoryError: If another of the `peers` ran out of memory.
+            TrainingLeftError: If `leave` says so, in any of the `peers`.
             ValueError: If there are no batches, or if a teacher is needed and there is none.
         """
         self.vit.train()
@@ -156,7 +162,7 @@ class FineTuner:
             self.steps += 1
             if self.steps % _CHECK_EVERY == 0:
                 _check_finite(self._total, self.steps)
-            if leave():
+            if self._is_left(leave()):
                 raise TrainingLeftError(f"left after {self.steps} steps of the epoch")
         if self.steps == 0:
             raise ValueError("an epoch has no batches; give more images or a smaller batch_size")
@@ -193,11 +199,25 @@ class FineTuner:
                 torch.cuda.set_rng_state(self._random["cuda"], self.device)
         self._random = None
 
+    def _is_left(self, left: bool) -> bool:
+        return left if self.peers is None else self.peers.any(left)[0]
+
     def _step(self, images: Tensor, labels: Tensor, answers: Tensor | None) -> Tensor:
         if self.schedule.last_epoch >= self.settles_at:
             for selector in self.selectors:
                 selector.eval()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.peers is None:
+            loss = self._backward(images, labels, answers)
+        else:
+            loss = self._backward_with(self.peers, images, labels, answers)
+        torch.nn.utils.clip_grad_norm_(self.vit.parameters(), self.recipe.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        return loss
+
+    def _backward(self, images: Tensor, labels: Tensor, answers: Tensor | None) -> Tensor:
+        """Leave the gradients of a batch's mean loss, and return the loss."""
         size = -(-len(labels) // self.parts)
         loss = torch.zeros((), device=self.device)
         for start in range(0, len(labels), size):
@@ -207,9 +227,28 @@ class FineTuner:
             ) * (len(labels[part]) / len(labels))
             of_part.backward()
             loss += of_part.detach()
-        torch.nn.utils.clip_grad_norm_(self.vit.parameters(), self.recipe.clip)
-        self.optimizer.step()
-        self.schedule.step()
+        return loss
+
+    def _backward_with(
+        self, peers: Peers, images: Tensor, labels: Tensor, answers: Tensor | None
+    ) -> Tensor:
+        """Do the same for a batch of which this process has a share, perhaps of no image."""
+        loss, failure = torch.zeros((), device=self.device), None
+        try:
+            if len(labels) > 0:
+                loss = self._backward(images, labels, answers)
+        except (MemoryError, RuntimeError) as error:
+            if not peers.out_of_memory(error):
+                raise
+            failure = error
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        failed, *reached = peers.any(failure is not None, *(p.grad is not None for p in trained))
+        if failed:
+            raise failure or PeerOutOfMemoryError("a process that trains this model too did")
+        moved = [p for p, is_reached in zip(trained, reached, strict=True) if is_reached]
+        for p in moved:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        peers.average([*(p.grad for p in moved), loss], len(labels))
         return loss
 
     def _loss_of(self, images: Tensor, labels: Tensor, answers: Tensor | None) -> Tensor:

@@ -94,6 +94,7 @@ class Images:
         order: Epoch | None,
         views: Epoch | None,
         device: torch.device | str = "cpu",
+        share: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[Tensor, Tensor, Numbers]]:
         """Yield what `batches` does, and the images' numbers [B]: their rows in the source.
 
@@ -102,6 +103,7 @@ class Images:
             order: Decides the order, as a seed does in `batches`; None keeps that of the source.
             views: Decides how each image is cropped and flipped; None leaves it as it is.
             device: Where the tensors are made.
+            share: (r, n) yields of each batch the images r, r + n, r + 2n, ..., perhaps none.
         """
         if self.table is None:
             source = self._stream(batch_size, order)
@@ -109,9 +111,11 @@ class Images:
             source = _mapped(self.table, self.spec, batch_size, order)
         mean = torch.tensor(self.spec.mean, device=device).view(-1, 1, 1) * 255.0
         std = torch.tensor(self.spec.std, device=device).view(-1, 1, 1) * 255.0
-        for position, (pixels, labels, numbers) in enumerate(source):
-            if order is not None and len(labels) < batch_size and position > 0:
+        own = slice(share[0], None, share[1])
+        for position, batch in enumerate(source):
+            if order is not None and len(batch[1]) < batch_size and position > 0:
                 return
+            pixels, labels, numbers = batch[0][own], batch[1][own], batch[2][own]
             images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)  # [B, C, H, W]
             if views is not None:
                 drawn = draw_views(views, numbers, self.padding)

@@ -72,6 +72,25 @@ def test_a_shuffled_epoch_leaves_the_last_smaller_batch_out(source: Path, tmp_pa
     assert [len(y) for _, y in images.batches(64, seed=1, augment=False)] == [50]
 
 
+@pytest.mark.parametrize("cache_gb", [8.0, 0.0])
+def test_shares_of_a_batch_are_its_images_each_once(
+    cache_gb: float, source: Path, tmp_path: Path
+) -> None:
+    images, stream = opened(source, tmp_path, cache_gb=cache_gb), Epoch(3, 1)
+    whole = list(images.numbered(10, order=stream, views=stream))
+    shares = [
+        list(images.numbered(10, order=stream, views=stream, share=(rank, 3))) for rank in range(3)
+    ]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert [len(part[1]) for part in parts] == [4, 3, 3]
+        for rank, part in enumerate(parts):
+            assert torch.equal(part[0], batch[0][rank::3])
+            assert torch.equal(part[1], batch[1][rank::3])
+            assert part[2].tolist() == batch[2][rank::3].tolist()
+    (none,) = images.numbered(100, order=stream, views=stream, share=(50, 51))
+    assert (none[0].shape, len(none[1]), len(none[2])) == ((0, 3, 24, 16), 0, 0)
+
+
 def test_decoded_once_and_mapped_afterwards(source: Path, tmp_path: Path) -> None:
     opened(source, tmp_path)
     (arrow,) = (tmp_path / "cache").glob("*.arrow")
