@@ -30,19 +30,20 @@ class Peers:
     """
 
     def __init__(
-        self,
-        out_of_memory: Callable[[BaseException], bool],
-        gradients: dist.ProcessGroup | None = None,
+        self, out_of_memory: Callable[[BaseException], bool], device: torch.device | None = None
     ) -> None:
         """Take part.
 
         Args:
             out_of_memory: See above.
-            gradients: The same processes, as a group that reduces tensors on the model's device;
-                None where that is the CPU.
+            device: The model's; None is the CPU. GPUs average gradients among themselves (NCCL).
         """
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.out_of_memory, self._gradients = out_of_memory, gradients
+        self.out_of_memory, self._gradients = out_of_memory, dist.group.WORLD
+        if device is not None and device.type == "cuda":
+            group = dist.new_group(backend="nccl")
+            assert isinstance(group, dist.ProcessGroup)
+            self._gradients = group
 
     def any(self, *flags: bool) -> list[bool]:
         """Say of each flag whether any process has it; no one waits for a GPU."""

@@ -6,6 +6,7 @@ Imports neither torch nor Ray, so that a laptop can check and submit a sweep.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -164,10 +165,27 @@ class Constraints(_Part):
 
 
 class Resources(_Part):
-    """What a trial gets; fractions are allowed."""
+    """What each worker of a trial gets; fractions are allowed, of a GPU only to a single worker."""
 
     cpu: float = Field(1.0, gt=0.0)
-    gpu: float = Field(0.0, ge=0.0)
+    gpu: float = Field(0.0, ge=0.0)  # at most one; for more, give more workers
+    # processes that fine-tune a trial together, on one GPU each; learning takes one
+    workers: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _has_workers_for_its_gpus(self) -> Resources:
+        if self.gpu > 1.0:
+            raise ValueError(
+                f"has gpu = {self.gpu:g}, but a process trains on one GPU; for several GPUs per "
+                f"trial give as many workers: workers = {math.ceil(self.gpu) * self.workers}, "
+                "gpu = 1"
+            )
+        if self.workers > 1 and 0.0 < self.gpu < 1.0:
+            raise ValueError(
+                f"has workers = {self.workers} with gpu = {self.gpu:g}, but workers of a trial do "
+                "not share a GPU; give gpu = 1, or 0, or workers = 1"
+            )
+        return self
 
 
 class Sweep(_Part):

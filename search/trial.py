@@ -54,6 +54,7 @@ class PlanTrial(tune.Trainable):
     epoch: int
     seconds: float
     latency_ms: float
+    share = (0, 1)  # of each training batch that this process passes: the first of one
 
     def setup(self, config: dict[str, Any], inputs: TrialInputs | None = None) -> None:
         """Prepare the actor, then the first trial."""
@@ -195,6 +196,9 @@ class PlanTrial(tune.Trainable):
         """Train an epoch, or what is left of one; return its mean loss."""
         if self.tuner.steps == 0:
             self.plan.ramp(self.vit, self.calibration, self.epoch + 1)
+        return self._pass()
+
+    def _pass(self) -> float:
         return self.tuner.train_taught(self._train_batches(), self.notice.given)
 
     def _latency_ms(self) -> float:
@@ -242,6 +246,7 @@ class PlanTrial(tune.Trainable):
             order=stream,
             views=stream if self.sweep.finetune.augment else None,
             device=self.device,
+            share=self.share,
         )
         for images, labels, rows in islice(batches, done, None):
             yield images, labels, None if answers is None else torch.from_numpy(answers[rows])

@@ -36,6 +36,7 @@ from search.results import (
 )
 from search.searcher import PlanSearcher
 from search.shards import find_shards
+from search.shared_trial import HEAD, SharedTrial, ray_folder, worker_bundle
 from search.space import Space
 from search.sweep import Sweep, SweepError, SweepFailedError, SweepInterruptedError
 from search.sweep_toml import sweep_toml
@@ -226,10 +227,11 @@ def run_trials(
         scheduler = MoAsha(epochs=sweep.epochs, **sweep.halving.model_dump())
         scheduler.repeat(recorder.ledger.past)
     shutil.rmtree(sweep.directory / ray_folder(sweep), ignore_errors=True)
+    trainable = PlanTrial if sweep.resources.workers == 1 else SharedTrial
     os.environ |= RAY_SETTINGS
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the recorder says what failed
     tune.run(
-        tune.with_parameters(PlanTrial, inputs=inputs),
+        tune.with_parameters(trainable, inputs=inputs),
         name=ray_folder(sweep),
         storage_path=str(sweep.directory.resolve()),
         search_alg=searcher,
@@ -248,38 +250,34 @@ def run_trials(
     shutil.rmtree(sweep.directory / ray_folder(sweep), ignore_errors=True)
 
 
-def ray_folder(sweep: Sweep) -> str:
-    """Return the folder of a sweep's directory that Ray Tune keeps its state in.
-
-    It bears the sweep's name: Ray prepares what it writes there in a folder of that name, which
-    two sweeps that start in the same second would share.
-    """
-    return f"ray-{sweep.name}"
-
-
 def bundle(sweep: Sweep) -> dict[str, float]:
-    """Resources of one trial, as Ray counts them."""
-    resources = {"CPU": sweep.resources.cpu, "GPU": sweep.resources.gpu}
-    return {key: amount for key, amount in resources.items() if amount}
+    """Resources of a trial's actor; those of several workers are Ray Train's to ask for."""
+    return worker_bundle(sweep) if sweep.resources.workers == 1 else HEAD
 
 
 def most_trials_at_once(sweep: Sweep) -> int:
     """How many trials the cluster has room for; at least 1.
 
     Raises:
-        SweepError: If a trial asks for more than any node has.
+        SweepError: If a worker asks for more than any node has, or there is no room for all.
     """
-    wanted, nodes = bundle(sweep), [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    wanted, workers = worker_bundle(sweep), sweep.resources.workers
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = sum(
         int(min(node.get(key, 0.0) / amount for key, amount in wanted.items())) for node in nodes
     )
     if room == 0:
         raise SweepError(
-            f"resources are {wanted} per trial, which no node of this cluster has; "
-            "give less, for example --set resources.gpu=0, or where nodes join when they are "
-            "needed, how many trials may run at once: --set concurrency=8"
+            f"resources are {wanted} per {'trial' if workers == 1 else 'worker'}, which no node of "
+            "this cluster has; give less, for example --set resources.gpu=0, or where nodes join "
+            "when they are needed, how many trials may run at once: --set concurrency=8"
         )
-    return room
+    if room < workers:
+        raise SweepError(
+            f"resources are {workers} workers of {wanted} per trial, and this cluster has room for "
+            f"{room}; give less, for example --set resources.workers={room}"
+        )
+    return room // workers
 
 
 def finish(sweep: Sweep, dense: PrunableViT, ledger: Ledger, tracker: Tracker) -> Front:
