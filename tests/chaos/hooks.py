@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from search.sweep import Sweep
 
 
 def short_of_memory() -> None:
@@ -39,3 +45,50 @@ def cpu_for_gpu() -> None:
         return torch.device("cpu")
 
     trial_data.trial_device = device  # type: ignore[assignment]
+
+
+def watched() -> None:
+    """Do the same, with a cache folder for each logical node, and write down what workers do.
+
+    Lines of JSON, a file per process: which GPUs it sees, what it decodes, which learned scores it
+    reads, and how large the configurations of its trials are.
+    """
+    cpu_for_gpu()
+    import ray
+
+    from pruners.learned import Learned
+    from search import parquet, trial_data, trial_files
+
+    notes = Path(os.environ["GPU_NOTES"])
+    device_of, decode_to, load = trial_data.trial_device, parquet._decode_to, Learned.load
+
+    def note(what: str, **values: object) -> None:
+        node = ray.get_runtime_context().get_node_id()
+        line = {"what": what, "node": node, "process": os.getpid(), "time": time.time(), **values}
+        with (notes / f"{os.getpid()}.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def device(sweep: Sweep) -> torch.device:
+        context = ray.get_runtime_context()
+        os.environ["XDG_CACHE_HOME"] = str(notes / context.get_node_id())
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        note("device", gpus=seen, is_actor=context.get_actor_id() is not None)
+        return device_of(sweep)
+
+    def decode(path: Path, *others: Any) -> None:
+        note("decode", file=path.name)
+        decode_to(path, *others)
+
+    def loaded(path: Path) -> Learned:
+        note("scores", path=str(path))
+        return load(path)
+
+    class Files(trial_files.TrialFiles):
+        def __init__(self, directory: Path, config: dict[str, Any]) -> None:
+            note("trial", learned=config["learned"], bytes=len(json.dumps(config)))
+            super().__init__(directory, config)
+
+    trial_data.trial_device = device
+    parquet._decode_to = decode
+    Learned.load = loaded  # type: ignore[method-assign, assignment]
+    trial_files.TrialFiles = Files  # type: ignore[misc]
