@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import re
 import threading
 import uuid
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ TIMEOUT_S = 14 * 24 * 3600
 
 LOOK_S = 1.0
 """How often it is looked whether the group lives still."""
+
+FOLLOWS = re.compile(r"Connection \w+ by peer")
+"""What workers say that wait for one that has died."""
 
 END_S = 15.0
 """How long a group may take to end by itself."""
@@ -177,7 +181,8 @@ def _reason(failure: Exception | None) -> str:
         return "a worker's node was preempted"
     failures: dict[int, Exception] = getattr(failure, "worker_failures", {})
     lines = [f"worker {rank}: {_last_line(error)}" for rank, error in sorted(failures.items())]
-    return "; ".join(lines) or f"its worker group ended: {_last_line(failure)}"
+    causes = [line for line in lines if not FOLLOWS.search(line)] or lines
+    return "; ".join(causes) or f"its worker group ended: {_last_line(failure)}"
 
 
 def _last_line(error: Exception | None) -> str:
