@@ -70,3 +70,18 @@ def test_the_last_training_is_longer(minimal: Path) -> None:
         load_sweep(minimal, ["epochs=4", "final_epochs=3"])
     assert load_sweep(minimal, ["epochs=4", "final_epochs=5"]).final_epochs == 5
     assert load_sweep(minimal, ["epochs=4", "final_epochs=0"]).final_epochs == 0
+
+
+@pytest.mark.parametrize(
+    ("resources", "message"),
+    [
+        ("{gpu=4}", "has gpu = 4, .* give as many workers: workers = 4, gpu = 1"),
+        ("{gpu=1.5, workers=2}", "give as many workers: workers = 4, gpu = 1"),
+        ("{gpu=0.5, workers=2}", "workers of a trial do not share a GPU; give gpu = 1, or 0"),
+        ("{workers=0}", r"resources\.workers is 0"),
+    ],
+)
+def test_a_process_trains_on_one_gpu(resources: str, message: str, minimal: Path) -> None:
+    with pytest.raises(SweepError, match=message):
+        load_sweep(minimal, [f"resources={resources}"])
+    assert load_sweep(minimal, ["resources={gpu=1, workers=4}"]).resources.workers == 4

@@ -22,6 +22,8 @@ from search.change import change
 from search.check import check
 from search.mlflow_runs import local_uri
 from search.results import read_front, read_trials
+from search.shared_trial import HEAD
+from search.sweep import SweepError
 from search.sweep_file import load_sweep
 from search.trial_data import open_split
 from search.tuner import bundle, most_trials_at_once
@@ -258,6 +260,9 @@ def test_a_sweep_starts_from_an_earlier_front_within_its_constraints(
         ("{cpu=2, gpu=1}", 2),
         ("{cpu=2, gpu=0.5}", 4),
         ("{cpu=8, gpu=0.25}", 2),
+        ("{cpu=3, workers=4}", 1),  # five of them on the first node, one on the other
+        ("{cpu=3, workers=2}", 3),
+        ("{cpu=2, gpu=1, workers=2}", 1),
     ],
 )
 def test_room_is_counted_node_by_node(
@@ -271,9 +276,14 @@ def test_room_is_counted_node_by_node(
     monkeypatch.setattr("ray.nodes", lambda: nodes)
     sweep = load_sweep(sweep_file, [f"resources={resources}"])
     assert most_trials_at_once(sweep) == room
+    too_many = load_sweep(sweep_file, ["resources={cpu=2, gpu=1, workers=3}"])
+    with pytest.raises(SweepError, match=r"3 workers of .* room for 2; give less, .*workers=2"):
+        most_trials_at_once(too_many)
 
 
 def test_a_trials_resources_are_ray_resources(sweep_file: Path) -> None:
     sweep = load_sweep(sweep_file, ["resources={cpu=1, gpu=0.5}"])
     assert bundle(sweep) == {"CPU": 1.0, "GPU": 0.5}
     assert bundle(load_sweep(sweep_file)) == {"CPU": 1.0}
+    shared = load_sweep(sweep_file, ["resources={cpu=1, gpu=1, workers=2}"])
+    assert bundle(shared) == HEAD  # else the GPUs of its workers would be asked for twice
