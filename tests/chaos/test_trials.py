@@ -36,7 +36,7 @@ def test_actors_that_are_killed_at_any_moment_change_nothing(seed: int, faulty: 
     while driver.poll() is None and killed < 6:
         # A ledger that grows between two kills: who never gets anything done fails at last.
         until(lambda n=lines: driver.poll() is not None or faulty.lines(name) > n, 150)
-        time.sleep(2.0 * draw.random())  # setting up, cutting, training, saving, between trials
+        time.sleep(draw.random())  # setting up, cutting, training, saving, between trials
         lines = faulty.lines(name)
         for actor in actors():
             actor.send_signal(signal.SIGKILL)
