@@ -221,7 +221,7 @@ class Sweep(_Part):
     storage: str = "results"
     tracking: str | None = None  # MLflow tracking URI; None is SQLite in the sweep's directory
     max_failures: int = Field(2, ge=0)  # restarts of a trial without an epoch between them
-    max_epoch_hours: Positive = 6.0  # after which an epoch hangs, and its process is ended
+    max_epoch_hours: Positive = 6.0  # after which an epoch (or a start) hangs: its process is ended
 
     @field_validator("halving", mode="before")
     @classmethod

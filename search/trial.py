@@ -6,6 +6,7 @@ import copy
 import json
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from search.memory import is_out_of_memory
 from search.notice import Notice, ToldToEndError
 from search.sweep import SweepFailedError
 from search.trial_data import Calibration, make_teacher, mixed_seed, open_split, trial_device
-from search.trial_files import Saved, TrialFiles
+from search.trial_files import Saved, TrialFiles, hung_path
 from search.trial_inputs import TrialInputs
 
 LATENCY_BATCHES = 5
@@ -64,6 +65,11 @@ class PlanTrial(tune.Trainable):
         self.notice = Notice()
         torch.set_num_threads(max(1, int(self.sweep.resources.cpu)))
         self.device = trial_device(self.sweep)
+        with self._ends_if_hung(config):
+            self._open(inputs)
+            self._begin(config)
+
+    def _open(self, inputs: TrialInputs) -> None:
         self.dense = inputs.dense.eval().requires_grad_(False)
         self.start = inputs.start.eval().requires_grad_(False)
         for vit in (self.dense, self.start):
@@ -74,12 +80,16 @@ class PlanTrial(tune.Trainable):
             _refuse_changed(f"data.{key}", images.digest, inputs)
         self.calibration = Calibration(self.sweep, self.train_images, self.device)
         self.teacher = make_teacher(self.sweep, self.dense, self.train_images, self.device)
-        self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Prepare the next trial on the same actor."""
-        self._begin(new_config)
+        with self._ends_if_hung(new_config):
+            self._begin(new_config)
         return True
+
+    def _ends_if_hung(self, config: dict[str, Any]) -> AbstractContextManager[None]:
+        path = self.directory / hung_path(config["trial"])
+        return ends_if_hung(path, 3600.0 * self.sweep.max_epoch_hours)
 
     def step(self) -> dict[str, Any]:
         """Run one epoch and return its metrics; the last result of a trial has `done`.
@@ -89,10 +99,7 @@ class PlanTrial(tune.Trainable):
         """
         if self.repeats:
             return self.repeats.pop(0)
-        with (
-            ends_if_hung(self.files.hung, 3600.0 * self.sweep.max_epoch_hours),
-            self.notice.heeded(),
-        ):
+        with self._ends_if_hung(self.config), self.notice.heeded():
             result = self._step()
         if self.notice.given():
             raise ToldToEndError("the trial's process was told to end")

@@ -54,14 +54,8 @@ class TrialFiles:
 
     def __init__(self, sweep_directory: Path, config: dict[str, Any]) -> None:
         """Name the files of the trial with this configuration; nothing is read or written."""
-        self.sweep_directory, self.trial = sweep_directory, config["trial"]
-        self.directory = sweep_directory / MODELS / self.trial
+        self.directory = sweep_directory / MODELS / config["trial"]
         self.identity = json_digest({key: config.get(key) for key in DECISIVE})
-
-    @property
-    def hung(self) -> Path:
-        """File that says where the trial hung, if it did."""
-        return self.sweep_directory / hung_path(self.trial)
 
     def save(
         self,
