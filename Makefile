@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TWO := --numprocesses 2 --dist loadgroup
 
 .PHONY: demo test chaos lint clean
 
@@ -9,10 +10,10 @@ demo: $(VENV)/installed
 	$(BIN)/python -m search run search/sweeps/sample.toml
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -m "not chaos"
+	$(BIN)/python -m pytest $(TWO) -m "not chaos"
 
 chaos: $(VENV)/installed
-	$(BIN)/python -m pytest -m chaos
+	$(BIN)/python -m pytest $(TWO) -m chaos
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,5 +1,1 @@
-"""Sweeps on a Ray cluster.
-
-A sweep runs on a cluster by Ray's own job command,
-`ray job submit --working-dir . -- python -m search run SWEEP.toml`; the README gives the lines.
-"""
+"""Sweeps on a Ray cluster: as jobs, by schedules, and what a cluster is made of (`deploy`)."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.connection import Address
-from cluster.jobs import JobExistsError, Jobs
+from cluster.jobs import LIVE, JobExistsError, Jobs
 from search.sweep import SweepError
 
 if TYPE_CHECKING:
@@ -167,9 +167,12 @@ def _logs(args: argparse.Namespace) -> int:
 
 def _stop(args: argparse.Namespace) -> int:
     jobs = Jobs(_address(args))
-    job = jobs.latest(args.name).submission_id
-    jobs.stop(job)
-    print(f"stopped job {job}; submitted again, the sweep goes on")
+    job = jobs.latest(args.name)
+    if job.status not in LIVE:
+        print(f"job {job.submission_id} has ended already: {job.status}")
+        return 0
+    jobs.stop(job.submission_id)
+    print(f"stopped job {job.submission_id}; submitted again, the sweep goes on")
     return 0
 
 

@@ -114,9 +114,7 @@ class TrialFiles:
             return None
         path = found[-1] / RESULTS
         try:
-            saved = json.loads(path.read_text())
-            if saved.pop("digest") != json_digest(saved):
-                raise ValueError(_damaged(path))
+            saved = _read(path)
             if saved["identity"] != self.identity:
                 return None
             digests, results = dict(saved["digests"]), list(saved["results"])
@@ -156,15 +154,31 @@ def check_model(directory: Path) -> None:
     """
     path = directory / RESULTS
     try:
-        digests = json.loads(path.read_text())["digests"]
+        digests = _read(path)["digests"]
         wanted = {name: digests[name] for name in (WEIGHTS, SHAPE)}
     except _DAMAGE as error:
         raise ValueError(_damaged(path)) from error
     _check_digests(directory, wanted)
 
 
-_DAMAGE = (OSError, ValueError, KeyError, IndexError, TypeError, OverflowError, RecursionError)
+_DAMAGE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
 """What reading `RESULTS` raises where it is not what was written."""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read `RESULTS`, whose digest is part of it; raises any of `_DAMAGE`."""
+    saved: dict[str, Any] = json.loads(path.read_text())
+    if saved.pop("digest") != json_digest(saved):
+        raise ValueError(_damaged(path))
+    return saved
 
 
 def _tuner_state(path: Path) -> dict[str, Any]:

@@ -2,20 +2,58 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import sys
 import time
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 if TYPE_CHECKING:
+    import torch
+
     from search.sweep import Sweep
+
+
+class AfterImport:
+    """Changes a module when it has been imported: Ray's idle workers need not import torch."""
+
+    def __init__(self, name: str, change: Callable[[], None]) -> None:
+        self.name, self.change = name, change
+        sys.meta_path.insert(0, self)  # type: ignore[arg-type]
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Answer for the module: as others would, and then the change."""
+        if name != self.name:
+            return None
+        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        spec = importlib.util.find_spec(name)
+        assert spec is not None
+        assert spec.loader is not None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            self.change()
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
 
 
 def short_of_memory() -> None:
     """Let PyTorch's own allocator fail in the second epoch of trials that pass whole batches."""
+    AfterImport("pruners.training", _limit_memory)
+
+
+def _limit_memory() -> None:
+    import torch
+
     from pruners.training import FineTuner
 
     loss_of = FineTuner._loss_of
@@ -33,7 +71,12 @@ def cpu_for_gpu() -> None:
 
     Which one they got is written down in the folder that GPU_NOTES names.
     """
+    AfterImport("search.trial_data", _let_cpus_do)
+
+
+def _let_cpus_do() -> None:
     import ray
+    import torch
 
     from search import trial_data
 
@@ -53,7 +96,11 @@ def watched() -> None:
     Lines of JSON, a file per process: which GPUs it sees, what it decodes, which learned scores it
     reads, and how large the configurations of its trials are.
     """
-    cpu_for_gpu()
+    AfterImport("search.trial_data", _watch)
+
+
+def _watch() -> None:
+    _let_cpus_do()
     import ray
 
     from pruners.learned import Learned

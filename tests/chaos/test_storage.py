@@ -141,32 +141,25 @@ def test_models_of_trials_that_had_ended_are_named_when_they_are_damaged(own: Fa
     assert "model.safetensors is damaged or missing" in said
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("data", "data.val has changed since sweep {} began"),
-        ("model", "model has changed since sweep {} began"),
-        ("shard", "train.parquet is not a Parquet file"),
-        ("ledger", "ledger.jsonl is damaged at"),
-    ],
-)
-def test_what_changed_under_a_sweep_is_named_and_not_used(
-    change: str, message: str, own: Faulty
-) -> None:
-    name = f"changed-{change}"
-    interrupted(own, name)
+def test_what_changed_under_a_sweep_is_named_and_not_used(own: Faulty) -> None:
+    interrupted(own, "changed")
     folder = own.sweep.parent
-    if change == "data":
-        write_images(folder / "val.parquet", *labelled(40, seed=9))
-    elif change == "shard":
-        content = (folder / "train.parquet").read_bytes()
-        (folder / "train.parquet").write_bytes(content[: len(content) // 2])
-    else:
-        path = folder / "vit.safetensors"
-        path = path if change == "model" else own.directory(name) / "ledger.jsonl"
-        content = bytearray(path.read_bytes())
-        content[-500] ^= 1
+    for path, message in (
+        (folder / "val.parquet", "data.val has changed since sweep changed began"),
+        (folder / "vit.safetensors", "model has changed since sweep changed began"),
+        (folder / "train.parquet", "train.parquet is not a Parquet file"),
+        (own.directory("changed") / "ledger.jsonl", "ledger.jsonl is damaged at"),
+    ):
+        content = path.read_bytes()
+        if path.stem == "val":
+            write_images(path, *labelled(40, seed=9))
+        elif path.stem == "train":
+            path.write_bytes(content[: len(content) // 2])
+        else:
+            path.write_bytes(content[:-500] + bytes([content[-500] ^ 1]) + content[-499:])
+        said = own.finish(own.start("changed"), 2)
+        assert message in said
+        assert "Traceback" not in said
         path.write_bytes(content)
-    said = own.finish(own.start(name), 2)
-    assert message.format(name) in said
-    assert "Traceback" not in said
+    own.run("changed")
+    own.same("changed", "whole")

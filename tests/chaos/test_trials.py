@@ -28,9 +28,8 @@ def training(faulty: Faulty, name: str) -> bool:
     )
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_actors_that_are_killed_at_any_moment_change_nothing(seed: int, faulty: Faulty) -> None:
-    name, draw = f"killed-{seed}", random.Random(seed)
+def test_actors_that_are_killed_at_any_moment_change_nothing(faulty: Faulty) -> None:
+    name, draw = "killed", random.Random(0)
     driver = faulty.start(name)
     killed, lines = 0, 2
     while driver.poll() is None and killed < 6:
@@ -86,7 +85,7 @@ def freeze(process: psutil.Process) -> None:
 
 def test_a_trial_that_hangs_is_timed_out_and_the_sweep_goes_on(faulty: Faulty) -> None:
     sets = ["trials=3", "halving=false", "max_failures=1"]
-    driver = faulty.start("hung", *sets, f"max_epoch_hours={15 / 3600}")
+    driver = faulty.start("hung", *sets, f"max_epoch_hours={10 / 3600}")
     until(lambda: training(faulty, "hung"), 150)
     for _ in range(2):
         (actor,) = until(lambda: actors(".train"))  # no longer importing
@@ -95,7 +94,7 @@ def test_a_trial_that_hangs_is_timed_out_and_the_sweep_goes_on(faulty: Faulty) -
     said = faulty.finish(driver)
     records = read_trials(faulty.directory("hung") / "trials.parquet")
     assert [r.status for r in records] == ["dense", "failed", "finished"]
-    reason = "timed out: an epoch took longer than max_epoch_hours = 0.00416667"
+    reason = "timed out: an epoch took longer than max_epoch_hours = 0.00277778"
     assert records[1].reason.startswith(reason)
     assert f"goes on elsewhere: {reason}" in said
     assert "train" in (faulty.directory("hung") / "models" / "0001" / "hung.txt").read_text()

@@ -66,12 +66,14 @@ def test_a_sweep_is_submitted_followed_and_shown(laptop: dict[str, str], sweep_f
     logs = call(laptop, "logs", "journey")
     assert "[3/3] " in logs.stdout
     assert TOKEN not in logs.stdout + done.stdout
+    ended = call(laptop, "stop", "journey")
+    assert (ended.returncode, "has ended already: SUCCEEDED" in ended.stdout) == (0, True)
     unknown = call(laptop, "logs", "nobody")
     assert (unknown.returncode, "knows no sweep 'nobody'" in unknown.stderr) == (2, True)
 
 
 def test_a_sweep_is_stopped_and_goes_on(laptop: dict[str, str], sweep_file: Path) -> None:
-    sets = ["--set", "trials=6", "epochs=3", "data.batch_size=1", "--no-install"]
+    sets = ["--set", "trials=4", "epochs=2", "data.batch_size=1", "--no-install"]
     done = call(laptop, "submit", str(sweep_file), *sets)
     assert done.returncode == 0, done.stderr
     assert "follow it: python -m cluster logs tiny --follow" in done.stdout
