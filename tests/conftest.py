@@ -40,6 +40,7 @@ SHARED = {"ray_session": "ray", "cluster": "cluster"}
 """Fixture -> name of the tests that it is started once for. Faults start one for each file."""
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep together what shares a fixture, else a file, when processes divide the tests."""
     for item in items:
