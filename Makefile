@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-TWO := --numprocesses 2 --dist loadgroup
+TWO := --numprocesses 2 --dist loadfile
 
 .PHONY: demo test chaos lint clean
 

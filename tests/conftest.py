@@ -36,20 +36,6 @@ VARIANTS: dict[str, dict[str, object]] = {
 }
 
 
-SHARED = {"ray_session": "ray", "cluster": "cluster"}
-"""Fixture -> name of the tests that it is started once for. Faults start one for each file."""
-
-
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep together what shares a fixture, else a file, when processes divide the tests."""
-    for item in items:
-        chaos = item.get_closest_marker("chaos") is not None
-        names = () if chaos else getattr(item, "fixturenames", ())
-        group = next((SHARED[name] for name in names if name in SHARED), item.path.name)
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(autouse=True)
 def _one_thread_and_fixed_seed() -> None:
     torch.set_num_threads(1)
