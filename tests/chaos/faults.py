@@ -140,15 +140,15 @@ def until(what: Callable[[], Any], seconds: float = 90.0) -> Any:
     raise AssertionError(f"not within {seconds} s")
 
 
-def actors(doing: str = "") -> list[psutil.Process]:
-    """The processes below this one whose title says that they run trials, and what of one.
+def actors(title: str = "ray::_Inner") -> list[psutil.Process]:
+    """The processes below this one whose title begins so: those that run trials.
 
     `_Inner` is what `tune.with_parameters` makes of `PlanTrial`.
     """
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if process.cmdline()[:1] and process.cmdline()[0].startswith(f"ray::_Inner{doing}"):
+            if process.cmdline()[:1] and process.cmdline()[0].startswith(title):
                 found.append(process)
         except psutil.Error:  # it has ended meanwhile
             continue

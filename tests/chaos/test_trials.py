@@ -88,7 +88,7 @@ def test_a_trial_that_hangs_is_timed_out_and_the_sweep_goes_on(faulty: Faulty) -
     driver = faulty.start("hung", *sets, f"max_epoch_hours={10 / 3600}")
     until(lambda: training(faulty, "hung"), 150)
     for _ in range(2):
-        (actor,) = until(lambda: actors(".train"))  # no longer importing
+        (actor,) = until(lambda: actors("ray::_Inner.train"))  # no longer importing
         freeze(actor)
         actor.wait(60)
     said = faulty.finish(driver)
