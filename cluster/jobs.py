@@ -32,6 +32,9 @@ LIVE = ("PENDING", "RUNNING")
 
 POLL_S = 1.0
 
+START_S = 60
+"""How long, in seconds, a cluster may take from its dashboard's start until it takes jobs."""
+
 
 class JobExistsError(RuntimeError):
     """The id of a job that the cluster has seen before."""
@@ -96,18 +99,28 @@ class Jobs:
         command += ["--set", *overrides] if overrides else []
         with tempfile.TemporaryDirectory(prefix="prunefront-") as folder, _answers(self.address):
             stage(path, sweep, Path(folder))
+            self._submit(
+                entrypoint=shlex.join(command),
+                submission_id=job,
+                runtime_env={"working_dir": folder, **self.runtime},
+                metadata={"sweep": sweep.name},
+            )
+        return job
+
+    def _submit(self, **job: Any) -> None:
+        """Submit a job, if need be as soon as a cluster that has just been started takes any."""
+        for left in reversed(range(START_S)):
             try:
-                self.client.submit_job(
-                    entrypoint=shlex.join(command),
-                    submission_id=job,
-                    runtime_env={"working_dir": folder, **self.runtime},
-                    metadata={"sweep": sweep.name},
-                )
+                self.client.submit_job(**job)
             except RuntimeError as error:
                 if "already exists" in str(error):
-                    raise JobExistsError(f"the cluster has seen job {job} before") from error
-                raise
-        return job
+                    name = job["submission_id"]
+                    raise JobExistsError(f"the cluster has seen job {name} before") from error
+                if "No available agent" not in str(error) or not left:
+                    raise
+                time.sleep(POLL_S)
+            else:
+                return
 
     def of(self, sweep: str | None = None) -> list[JobDetails]:
         """Return the jobs of a sweep, or of all sweeps, the latest first."""

@@ -115,6 +115,28 @@ def test_an_id_is_taken_once(client: Client, sweep_file: Path) -> None:
         jobs.submit(sweep_file, [], job="a")
 
 
+def test_a_cluster_that_has_just_been_started_is_waited_for(
+    client: Client, sweep_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.jobs.POLL_S", 0.0)
+    jobs, submit, tries = jobs_of(client), client.submit_job, []
+
+    def starting(**job: Any) -> str:
+        tries.append(job)
+        if len(tries) < 4:
+            raise RuntimeError("status code 500: No available agent to submit job, please try")
+        return submit(**job)
+
+    client.submit_job = starting  # type: ignore[method-assign]
+    assert jobs.submit(sweep_file, []) == client.submitted[0]["submission_id"]
+    assert len(tries) == 4
+    monkeypatch.setattr("cluster.jobs.START_S", 2)
+    tries.clear()
+    with pytest.raises(ClusterError, match="No available agent"):
+        jobs.submit(sweep_file, ['name="other"'])
+    assert len(tries) == 2
+
+
 def test_jobs_are_found_by_their_sweep_the_latest_first(client: Client) -> None:
     client.add("a-1", "a", "SUCCEEDED", 1.0)
     client.add("b-1", "b", "RUNNING", 2.0)
