@@ -6,7 +6,6 @@ import dataclasses
 import http.server
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,14 +18,9 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.faults import Faulty, environment, until
+from tests.cluster.conftest import free_port
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclasses.dataclass
