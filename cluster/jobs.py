@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.connection import Address, ClusterError
 from cluster.upload import ROOT, SWEEP, refuse_what_stays_behind, stage
-from search.sweep import SweepError
+from search.sweep import PASSWORD, SweepError
 from search.sweep_file import load_sweep
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ def _values(variables: Sequence[str], environment: Mapping[str, str]) -> dict[st
     for name in variables:
         if name not in environment:
             raise SweepError(f"--env {name} is not set here; export it first")
-        if SECRET.search(name) or re.search(r"://[^/\s]*:[^/\s]*@", environment[name]):
+        if SECRET.search(name) or PASSWORD.search(environment[name]):
             raise SweepError(
                 f"--env {name} looks like a secret, and all who see the dashboard would see it; "
                 "set it where Ray is started on the nodes"

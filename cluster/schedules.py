@@ -15,16 +15,17 @@ import os
 import tomllib
 import zoneinfo
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from cronsim import CronSim, CronSimError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from search.sweep import SweepError
+from search.sweep_file import problem_line
 
 GRACE = timedelta(minutes=10)
 """Age up to which a slot is on time."""
@@ -270,8 +271,11 @@ def load_schedules(path: Path) -> tuple[Schedule, ...]:
     except ValidationError as error:
         # First the unknown keys: what is missing may only be misspelt.
         problems = sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+        part = Schedule if len(problems[0]["loc"]) > 1 else _File
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise SweepError(f"{path}: {_problem(problems[0])}{more}") from error
+        raise SweepError(
+            f"{path}: {problem_line(problems[0], lambda: list(part.model_fields))}{more}"
+        ) from error
     return tuple(
         schedule.model_copy(update={"sweep": Path(os.path.normpath(path.parent / schedule.sweep))})
         for schedule in schedules
@@ -281,18 +285,3 @@ def load_schedules(path: Path) -> tuple[Schedule, ...]:
 def _is_wanted(schedule: Schedule, slot: datetime, now: datetime) -> bool:
     """Whether a slot that was claimed and not submitted may still be."""
     return slot <= now and (schedule.catch_up == "last" or now - slot <= GRACE)
-
-
-def _problem(problem: Mapping[str, Any]) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        known = list((Schedule if len(problem["loc"]) > 1 else _File).model_fields)
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
-        return f"{where} is an unknown key; {hint}"
-    if problem["type"] == "missing":
-        return f"{where} is missing; give it a value"
-    if problem["type"] == "value_error":
-        return f"{where} {message}"
-    return f"{where} is {problem['input']!r:.60}; {message[0].lower()}{message[1:]}"

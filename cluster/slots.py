@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
 from cluster.schedules import Claim, Record, Schedule, run_name, stamp, unstamp
-from search.sweep import SweepError
+from search.sweep import PASSWORD, SweepError
 
 TAG = "prunefront."
 """What the tags of a slot's experiment begin with."""
@@ -57,7 +56,7 @@ class Slots:
                 f"tracking is {uri!r}, where a slot could be claimed twice; "
                 "give a server, http://..., or on a single machine sqlite:///..."
             )
-        if re.search(r"://[^/\s]*:[^/\s]*@", uri):
+        if PASSWORD.search(uri):
             raise SweepError(
                 "tracking holds a password, which all who see the jobs would see; give it as "
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, here and on the nodes"

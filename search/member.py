@@ -46,6 +46,7 @@ class Member(PlanTrial):
 
     def help(self, config: dict[str, Any], content: bytes) -> None:
         """Train an epoch as the first worker does, from what it has `packed`."""
+        # Not from outside: the first worker packed it, and Ray pickles what it hands out as well.
         given = torch.load(io.BytesIO(content), map_location="cpu", weights_only=False)
         self.config, self.epoch, self.parts = config, given["epoch"], given["parts"]
         self.vit = given["vit"].to(self.device)

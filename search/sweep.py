@@ -24,6 +24,10 @@ Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
+PASSWORD = re.compile(r"://[^/]*:[^/]*@")
+"""What a URI with a password has in it."""
+
+
 class SweepError(ValueError):
     """Something that was asked for is wrong: one line says what, where, and what would be right."""
 
@@ -241,7 +245,7 @@ class Sweep(_Part):
         named = {"tracking": self.tracking, "model.path": self.model.path}
         named |= {f"data.{split}": getattr(self.data, split) for split in ("train", "val", "test")}
         for key, value in named.items():
-            if value is not None and re.search(r"://[^/@]*:[^/@]*@", value):
+            if value is not None and PASSWORD.search(value):
                 raise ValueError(
                     f"has a password in {key}; give it as an environment variable, for MLflow "
                     "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,14 +103,15 @@ def _one_line(error: ValidationError) -> str:
     ]
     first = problems[0]
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return _problem(first) + more
+    return problem_line(first, lambda: _fields_at(first["loc"][:-1])) + more
 
 
-def _problem(problem: Mapping[str, Any]) -> str:
+def problem_line(problem: Mapping[str, Any], fields: Callable[[], list[str]]) -> str:
+    """Say in a line what pydantic found wrong; for an unknown key, beside the `fields` there."""
     where = ".".join(str(part) for part in problem["loc"]) or "the sweep"
     message = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        known = _fields_at(problem["loc"][:-1])
+        known = fields()
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}"
         return f"{where} is an unknown key; {hint}"

@@ -70,38 +70,29 @@ class TrialFiles:
             SweepFailedError: If the directory cannot be written to.
         """
         with writing_to(self.directory):
-            self._save(vit, results, tuner, seconds)
-
-    def _save(
-        self,
-        vit: PrunableViT,
-        results: list[dict[str, Any]],
-        tuner: dict[str, Any] | None,
-        seconds: float,
-    ) -> None:
-        last, steps = results[-1], tuner["steps"] if tuner is not None else 0
-        target = self.directory / model_name(last["epoch"], steps)
-        temporary = self.directory / f".{target.name}.{os.uname().nodename}.{os.getpid()}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        vit.save(temporary, measured={"val_top1": last["val_top1"], "epoch": last["epoch"]})
-        if tuner is not None:
-            content = io.BytesIO()  # torch.save to a full disk raises no OSError
-            torch.save(tuner, content)
-            (temporary / TUNER).write_bytes(content.getvalue())
-        digests = {path.name: file_digest(path) for path in sorted(temporary.iterdir())}
-        saved = {
-            "identity": self.identity,
-            "digests": digests,
-            "results": results,
-            "seconds": seconds,
-        }
-        sealed = {**saved, "digest": json_digest(saved)}
-        (temporary / RESULTS).write_text(json.dumps(sealed))
-        shutil.rmtree(target, ignore_errors=True)  # of another trial of this name
-        os.replace(temporary, target)
-        for other in self.directory.iterdir():
-            if other != target:
-                shutil.rmtree(other, ignore_errors=True)
+            last, steps = results[-1], tuner["steps"] if tuner is not None else 0
+            target = self.directory / model_name(last["epoch"], steps)
+            temporary = self.directory / f".{target.name}.{os.uname().nodename}.{os.getpid()}"
+            shutil.rmtree(temporary, ignore_errors=True)
+            vit.save(temporary, measured={"val_top1": last["val_top1"], "epoch": last["epoch"]})
+            if tuner is not None:
+                content = io.BytesIO()  # torch.save to a full disk raises no OSError
+                torch.save(tuner, content)
+                (temporary / TUNER).write_bytes(content.getvalue())
+            digests = {path.name: file_digest(path) for path in sorted(temporary.iterdir())}
+            saved = {
+                "identity": self.identity,
+                "digests": digests,
+                "results": results,
+                "seconds": seconds,
+            }
+            sealed = {**saved, "digest": json_digest(saved)}
+            (temporary / RESULTS).write_text(json.dumps(sealed))
+            shutil.rmtree(target, ignore_errors=True)  # of another trial of this name
+            os.replace(temporary, target)
+            for other in self.directory.iterdir():
+                if other != target:
+                    shutil.rmtree(other, ignore_errors=True)
 
     def load(self) -> Saved | None:
         """Return what this very trial had come to; None if nothing of it is there.

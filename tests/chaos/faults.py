@@ -17,6 +17,7 @@ from mlflow.tracking import MlflowClient
 from search.journal import Journal
 from search.mlflow_runs import local_uri
 from search.results import read_front, read_trials
+from tests.conftest import write_sweep
 
 ROOT = Path(__file__).parents[2]
 
@@ -158,3 +159,14 @@ def actors(title: str = "ray::_Inner") -> list[psutil.Process]:
 def environment(**variables: str) -> dict[str, str]:
     """The environment of this process, with these variables."""
     return {**os.environ, **variables}
+
+
+def on_logical_gpus(address: str, folder: Path) -> Faulty:
+    """Sweeps in an empty folder, on a cluster whose GPUs exist for Ray alone."""
+    (folder / "gpus").mkdir()
+    variables = {"RAY_ADDRESS": address, "GPU_NOTES": str(folder / "gpus")}
+    return Faulty(
+        sweep=write_sweep(folder),
+        environment=environment(PYTHONPATH=str(ROOT), **variables),
+        driver=(sys.executable, "-m", "tests.chaos.driver", "cpu_for_gpu"),
+    )

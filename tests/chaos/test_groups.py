@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 
-from tests.chaos.faults import ROOT, Faulty, actors, environment, until
-from tests.conftest import write_sweep
+from tests.chaos.faults import Faulty, actors, on_logical_gpus, until
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
 
@@ -31,14 +30,7 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def here(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Faulty:
     """Sweeps on that cluster, of which `calm` has run undisturbed."""
-    folder = Path(tmp_path_factory.mktemp("groups"))
-    (folder / "gpus").mkdir()
-    variables = {"RAY_ADDRESS": cluster.address, "GPU_NOTES": str(folder / "gpus")}
-    one = Faulty(
-        sweep=write_sweep(folder),
-        environment=environment(PYTHONPATH=str(ROOT), **variables),
-        driver=(sys.executable, "-m", "tests.chaos.driver", "cpu_for_gpu"),
-    )
+    one = on_logical_gpus(cluster.address, Path(tmp_path_factory.mktemp("groups")))
     node = cluster.add_node(num_cpus=1, num_gpus=1)
     one.run("calm", *SETS)
     cluster.remove_node(node)

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from ray.cluster_utils import Cluster
 
-from tests.chaos.faults import ROOT, Faulty, environment, until
-from tests.conftest import write_sweep
+from tests.chaos.faults import Faulty, on_logical_gpus, until
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
 
@@ -31,26 +30,13 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def here(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Faulty:
     """Sweeps on that cluster, of which `calm` has run undisturbed."""
-    folder = Path(tmp_path_factory.mktemp("nodes"))
-    (folder / "gpus").mkdir()
-    variables = {"RAY_ADDRESS": cluster.address, "GPU_NOTES": str(folder / "gpus")}
-    one = Faulty(
-        sweep=write_sweep(folder),
-        environment=environment(PYTHONPATH=str(ROOT), **variables),
-        driver=(sys.executable, "-m", "tests.chaos.driver", "cpu_for_gpu"),
-    )
+    one = on_logical_gpus(cluster.address, Path(tmp_path_factory.mktemp("nodes")))
     nodes = [cluster.add_node(num_cpus=1, num_gpus=1) for _ in range(2)]
     one.run("calm", *SETS)
     one.counts("calm")
     for node in nodes:
         cluster.remove_node(node)
     return one
-
-
-def gpus(one: Faulty) -> dict[str, str]:
-    """Process -> node and GPU of each trial's actor so far."""
-    folder = Path(one.environment["GPU_NOTES"])
-    return {path.stem: path.read_text() for path in folder.glob("*.txt")}
 
 
 def test_trials_of_a_node_that_dies_move(cluster: Cluster, here: Faulty) -> None:

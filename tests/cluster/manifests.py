@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,9 +85,3 @@ def dockerfile() -> str:
     """The Dockerfile, lines that are continued joined."""
     lines = (DEPLOY / "Dockerfile").read_text().splitlines()
     return "\n".join(line for line in lines if not line.startswith("#")).replace("\\\n", "")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.conftest import free_port
 from tests.cluster.manifests import (
     DEPLOY,
     MANIFESTS,
@@ -24,7 +25,6 @@ from tests.cluster.manifests import (
     dockerfile,
     env,
     flags,
-    free_port,
     mlflow_commands,
     pods,
 )

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.manifests import ROOT, free_port
+from tests.cluster.conftest import free_port
+from tests.cluster.manifests import ROOT
 
 TRIAL = """
 import pathlib, sys, time, ray
