@@ -24,6 +24,7 @@ from search.lease import hold
 from search.ledger import Ledger
 from search.mlflow_runs import SweepRuns
 from search.moasha import MoAsha
+from search.note import about_sweep
 from search.progress import Progress, front_line
 from search.recorder import Recorder
 from search.results import (
@@ -77,8 +78,9 @@ def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) ->
     with hold(sweep.directory, partial(print, file=stream, flush=True)) as lease:
         ledger = Ledger(sweep, may_write=lease.check)
         toml = sweep_toml(sweep)
+        about = about_sweep(sweep, space.dense_cost)
         runs = SweepRuns.open(
-            sweep.tracking, sweep.directory, sweep.name, toml, lease.check, earlier
+            sweep.tracking, sweep.directory, sweep.name, toml, lease.check, about, earlier
         )
         ledger.begin()
         digests = identity(sweep, dense)
