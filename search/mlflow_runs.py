@@ -18,6 +18,7 @@ from mlflow.tracking import MlflowClient
 from search.change import Change, change
 from search.journal import Journal
 from search.ledger import METRICS, Event, new_record
+from search.mlflow_views import FRONT, TRIALS, view_address, view_tags
 from search.parent_page import ParentPage
 from search.results import Front, TrialRecord
 from search.sweep import Sweep, SweepError
@@ -110,6 +111,8 @@ class SweepRuns:
                 if experiment
                 else client.create_experiment(name, where, tags=_KIND)
             )
+            for key, value in view_tags(_now()).items():
+                client.set_experiment_tag(identity, key, value)
             parent = client.create_run(identity, run_name=name, tags={"sweep": name}).info.run_id
             client.log_text(parent, sweep_toml(sweep), "sweep.toml")
             client.log_batch(parent, params=[Param(k, v) for k, v in sweep_params(sweep).items()])
@@ -142,7 +145,7 @@ class SweepRuns:
 
     def close(self, front: Front, records: Sequence[TrialRecord]) -> None:
         """Log the final front, with what was measured on test, and close the parent run."""
-        for member in front.members:
+        for member in (*front.members, front.dense):
             if member.test_top1 is not None:
                 metric = Metric("test_top1", member.test_top1, _now(), 0)
                 self._log_once(self.trials[member.trial], [metric])
@@ -154,9 +157,10 @@ class SweepRuns:
         self.client.set_terminated(self.parent, "FINISHED")
 
     def _links(self) -> dict[str, str]:
-        """Return trial -> address of its run, relative to MLflow's page."""
+        """Return trial, or view -> address of its run, relative to MLflow's page."""
         base = f"#/experiments/{self.experiment}/runs"
-        return {trial: f"{base}/{run}" for trial, run in self.trials.items()}
+        views = {name: view_address(self.experiment, name) for name in (FRONT, TRIALS)}
+        return views | {trial: f"{base}/{run}" for trial, run in self.trials.items()}
 
     def _learned(self, event: Event) -> None:
         """Log what methods learned before the trials: a table, and the seconds that it took."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 
+from search.mlflow_views import FRONT, TRIALS
 from search.progress import UNIT, cost_ratio, front_line, headline, top1_text
 from search.results import Front, TrialRecord
 from search.sweep import Sweep
@@ -37,7 +38,7 @@ def note(front: Front, records: Sequence[TrialRecord], about: str, links: Mappin
         front: The front so far.
         records: All trials.
         about: What is searched, as Markdown.
-        links: Trial -> address of its run.
+        links: Trial, or view of `mlflow_views` -> address of its run.
     """
     rows = (*front.members, front.dense)
     for width in PLAN_WIDTHS:
@@ -66,7 +67,9 @@ def _page(
         f"{missing} more members are in front.json." if missing else "",
         "Artifacts: `front.html` (hover over a point to read its plan), `hypervolume.png`, "
         "`kept.png`, `methods.png`, `classes.png`, `front.json`, `sweep.toml`. "
-        'Runs: filter by `tags.front = "true" and metrics.gmacs < 0.04`.',
+        f"Runs as tables: {_linked('the front', FRONT, links)}, "
+        f"{_linked('all trials', TRIALS, links)}; filter them by "
+        '`tags.front = "true" and metrics.gmacs < 0.04`.',
         _ends_table(records, links),
         about,
     ]
