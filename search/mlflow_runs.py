@@ -17,9 +17,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from search.change import Change, change
+from search.drawing import write_png
+from search.front_plot import front_html
 from search.journal import Journal
+from search.kept import draw_kept
 from search.ledger import METRICS, Event, new_record
-from search.pictures import front_html, front_png, kept_png
+from search.pictures import draw_front
 from search.progress import cost_ratio, front_line, top1_text
 from search.results import Front, TrialRecord, front_json
 from search.sweep import SweepError
@@ -250,9 +253,10 @@ class SweepRuns:
     def _draw(self, front: Front, records: Sequence[TrialRecord]) -> None:
         start = time.monotonic()
         self.client.log_text(self.parent, front_html(front, records), "front.html")
-        for draw, name in ((front_png, "front.png"), (kept_png, "kept.png")):
+        pictures = {"front.png": draw_front(front, records), "kept.png": draw_kept(front)}
+        for name, picture in pictures.items():
             path = self.directory / name
-            draw(front, records, path)
+            write_png(picture, path)
             self.client.log_artifact(self.parent, str(path))
         end = time.monotonic()
         self.redraw = end + max(REDRAW_S, REST * (end - start))

@@ -165,9 +165,7 @@ _SCHEMA = pa.schema(
 )
 
 
-def build_front(
-    records: Sequence[TrialRecord], cost: str, classes: tuple[str, ...] = ()
-) -> Front:
+def build_front(records: Sequence[TrialRecord], cost: str, classes: tuple[str, ...] = ()) -> Front:
     """Return the non-dominated ones of the finished trials that violate no constraint.
 
     As soon as plans have been trained with further seeds, only these are compared, by their means:
