@@ -35,7 +35,7 @@ from search.results import (
     write_trials,
 )
 from search.searcher import PlanSearcher
-from search.shards import find_shards
+from search.shards import Shards, find_shards
 from search.shared_trial import HEAD, SharedTrial, ray_folder, worker_bundle
 from search.space import Space
 from search.sweep import Sweep, SweepError, SweepFailedError, SweepInterruptedError
@@ -83,6 +83,8 @@ def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) ->
         ledger.begin()
         digests = identity(sweep, dense)
         ledger.identify(digests)
+        val = val_shards(sweep)
+        ledger.add_once("classes", names=list(val.classes))
         with closing(Tracker(runs, ledger.journal)) as tracker:
             progress = Progress(stream, trials=sweep.trials, epochs=sweep.epochs)
             space = with_learned(sweep, dense, space, ledger, progress)
@@ -95,9 +97,7 @@ def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) ->
                 identity=digests,
             )
             known = [member.parameters for member in earlier.members] if earlier else []
-            searcher = PlanSearcher(
-                sweep, space, ledger, earlier=known, val_images=val_images(sweep)
-            )
+            searcher = PlanSearcher(sweep, space, ledger, earlier=known, val_images=val.rows)
             run_trials(inputs, searcher, Recorder(ledger, tracker, progress, searcher), concurrent)
             records = list(ledger.records.values())
             if not searcher.finished or any(r.status == "running" for r in records):
@@ -121,10 +121,10 @@ def earlier_front(sweep: Sweep) -> Front | None:
         raise SweepError(f"start_from: {error}") from error
 
 
-def val_images(sweep: Sweep) -> int:
-    """Return the number of validation images."""
+def val_shards(sweep: Sweep) -> Shards:
+    """Find the files of the validation images."""
     data = sweep.data
-    return find_shards(data.val, data.image_column, data.label_column).rows
+    return find_shards(data.val, data.image_column, data.label_column)
 
 
 def interrupted_line(sweep: Sweep, records: list[TrialRecord]) -> str:
@@ -311,12 +311,15 @@ def finish(sweep: Sweep, dense: PrunableViT, ledger: Ledger, tracker: Tracker) -
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error
             raise SweepFailedError(f"trial {name} could not be tested: {cause}") from error
-    return write_all(sweep, tracker, sorted(records.values(), key=lambda r: r.trial))
+    ordered = sorted(records.values(), key=lambda r: r.trial)
+    return write_all(sweep, tracker, ordered, ledger.growing.classes)
 
 
-def write_all(sweep: Sweep, tracker: Tracker, records: list[TrialRecord]) -> Front:
+def write_all(
+    sweep: Sweep, tracker: Tracker, records: list[TrialRecord], classes: tuple[str, ...]
+) -> Front:
     """Write the final records and the front, on disk and in MLflow."""
-    front = build_front(records, sweep.cost)
+    front = build_front(records, sweep.cost, classes)
     with writing_to(sweep.directory):
         write_trials(sweep.directory / "trials.parquet", records)
         write_front(sweep.directory / "front.json", front)
