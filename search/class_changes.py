@@ -82,7 +82,7 @@ def draw_classes(front: Front, changes: ClassChanges) -> Figure:
         )
     if count > MOST_CLASSES:
         axes.axhline(half - 0.5, color="black", lw=1.5)
-    labels = [f"{shortened(changes.names[i])}  {changes.before[i]:.0f} %" for i in rows]
+    labels = [f"{label(changes.names[i])}  {changes.before[i]:.0f} %" for i in rows]
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
     columns = [f"{t.trial}\n{cost_ratio(front, t):.2f}x" for t in trials]
     axes.set_xticks(range(len(trials)), columns, fontsize=7)
@@ -95,9 +95,10 @@ def draw_classes(front: Front, changes: ClassChanges) -> Figure:
     return figure
 
 
-def shortened(name: str) -> str:
-    """Return a class's name, cut if it is long."""
-    return name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"
+def label(name: str) -> str:
+    """Return a class's name as a picture has it: cut if it is long, and no formula."""
+    short = name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"
+    return short.replace("$", r"\$")
 
 
 def _title(classes: int, shown: int, members: int) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.spines import Spine
 
+from pruners.checkpoint import replace_file
 from search.results import TrialRecord
 
 FRONT, REST, DENSE = "#d1495b", "#9aa5b1", "#2f80c3"
@@ -70,9 +71,7 @@ def cell_text(figure: Figure, axes: Axes, column: float, row: float, text: str, 
 def write_png(figure: Figure, path: Path) -> None:
     """Write a PNG file on white paper, under a temporary name first."""
     FigureCanvasAgg(figure)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    figure.savefig(temporary, format="png", facecolor="white")
-    os.replace(temporary, path)
+    replace_file(path, partial(figure.savefig, format="png", facecolor="white"))
 
 
 def svg(figure: Figure) -> str:

@@ -73,13 +73,13 @@ def front_figure(
             MACs, so it is not drawn where the cost is time.
         aliases: Budgets, as shares of the dense cost, that a name in MLflow's registry stands for.
     """
-    figure = go.Figure()
-    figure.add_trace(
-        _models(front, dominated(front, records), name="dominated", color=REST, size=6, opacity=0.6)
-    )
-    figure.add_trace(_models(front, front.members, name="front", color=FRONT, size=9, line="hv"))
-    figure.add_trace(
-        _models(front, [front.dense], name="dense", color=DENSE, size=14, symbol="star")
+    rest = dominated(front, records)
+    figure = go.Figure(
+        [
+            trace(front, rest, name="dominated", color=REST, size=6, opacity=0.6),
+            trace(front, front.members, name="front", color=FRONT, size=9, steps=True),
+            trace(front, [front.dense], name="dense", color=DENSE, size=14, symbol="star"),
+        ]
     )
     whole = cost_of_record(front.dense, front.cost)
     if budget is not None and front.cost != "latency":
@@ -88,6 +88,44 @@ def front_figure(
         _mark_budget(figure, share * whole, f"best-under-{100 * share:g}")
     lay_out(figure, AXIS[front.cost])
     return figure
+
+
+def trace(
+    front: Front,
+    records: Sequence[TrialRecord],
+    *,
+    name: str,
+    color: str,
+    size: int,
+    symbol: str = "circle",
+    opacity: float = 1.0,
+    steps: bool = False,
+    unit: float = 1.0,
+) -> go.Scatter:
+    """Return models of a sweep as points that say their plans.
+
+    Args:
+        front: The sweep's front.
+        records: The models.
+        name: In the legend.
+        color: Of the points.
+        size: Of the points, in pixels.
+        symbol: Plotly's name of their shape.
+        opacity: Of the points.
+        steps: Whether a line joins them, as what is reached at most at a cost.
+        unit: What costs are divided by.
+    """
+    costs, tops = points(front, records)
+    return go.Scatter(
+        x=[float(f"{cost / unit:.5g}") for cost in costs],
+        y=[round(top, 3) for top in tops],
+        customdata=[_said(front, record) for record in records],
+        hovertemplate=_HOVER,
+        name=html.escape(name),
+        mode="lines+markers" if steps else "markers",
+        line={"shape": "hv" if steps else "linear", "width": 2},
+        marker={"size": size, "color": color, "symbol": symbol, "opacity": opacity},
+    )
 
 
 def lay_out(figure: go.Figure, cost: str) -> None:
@@ -113,8 +151,8 @@ def lay_out(figure: go.Figure, cost: str) -> None:
         update(gridcolor=GREY.format(0.25), linecolor=GREY.format(0.6), zeroline=False)
 
 
-def hover_row(front: Front, record: TrialRecord) -> list[str | float]:
-    """Return what is said of a model where a pointer is on it, as the plot shows it."""
+def _said(front: Front, record: TrialRecord) -> list[str | float]:
+    """Return what `_HOVER` says of a model."""
     test = f", test {record.test_top1:.1f} %" if record.test_top1 is not None else ""
     ms = f", {record.latency_ms:.3g} ms" if record.latency_ms is not None else ""
     return [
@@ -128,30 +166,6 @@ def hover_row(front: Front, record: TrialRecord) -> list[str | float]:
         round(record.images_per_s or 0),
         "<br>".join(html.escape(line) for line in textwrap.wrap(record.plan_line, 42)),
     ]
-
-
-def _models(
-    front: Front,
-    records: Sequence[TrialRecord],
-    *,
-    name: str,
-    color: str,
-    size: int,
-    symbol: str = "circle",
-    opacity: float = 1.0,
-    line: str = "",
-) -> go.Scatter:
-    costs, tops = points(front, records)
-    return go.Scatter(
-        x=[float(f"{cost:.5g}") for cost in costs],
-        y=[round(top, 3) for top in tops],
-        customdata=[hover_row(front, record) for record in records],
-        hovertemplate=_HOVER,
-        name=name,
-        mode="lines+markers" if line else "markers",
-        line={"shape": line or "linear", "width": 2},
-        marker={"size": size, "color": color, "symbol": symbol, "opacity": opacity},
-    )
 
 
 def _mark_range(figure: go.Figure, low: float, high: float) -> None:

@@ -61,7 +61,8 @@ figure svg { max-width: 100%; height: auto; }
   td, th { padding: 2px 4px; }
   td { overflow-wrap: anywhere; }
   thead { display: table-header-group; }
-  tr, figure svg { break-inside: avoid; }
+  tr, section { break-inside: avoid; }
+  td:first-child { white-space: nowrap; }
   figure svg { max-height: 24cm; }
   h2 { break-after: avoid; }
 }

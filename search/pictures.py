@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -90,22 +91,24 @@ def draw_methods(front: Front, records: Sequence[TrialRecord]) -> Figure:
     figure = blank(8, 5.4)
     axes = figure.add_subplot()
     for color, (methods, own) in zip(SERIES, fronts_by_methods(front, records), strict=False):
-        costs = [cost_ratio(own, member) for member in own.members]
-        tops = [member.val_top1 or 0.0 for member in own.members]
-        label = f"{own.hypervolume:.4f}  {methods}"
-        axes.plot(
-            [*costs, 1.0],
-            [*tops, tops[-1]],
-            drawstyle="steps-post",
-            color=color,
-            label=label,
-        )
-        axes.plot(costs, tops, "o", ms=4, color=color)
-    costs = [cost_ratio(front, member) for member in front.members]
-    tops = [member.val_top1 or 0.0 for member in front.members]
-    axes.plot(costs, tops, "o", ms=10, mfc="none", mec=INK, mew=1.0, label="on the overall front")
+        _draw_steps(axes, methods, own, color)
+    costs, tops = shares(front)
+    rings = axes.scatter(costs, tops, s=80, facecolors="none", edgecolors=INK, zorder=3)
+    rings.set_label("on the overall front")
     axes.set(xlabel=SHARE[front.cost], ylabel="validation top-1 (%)")
     _finish(figure, axes, "hypervolume, methods")
+    return figure
+
+
+def draw_fronts(fronts: Mapping[str, Front]) -> Figure:
+    """Draw fronts that are compared, by name; all count the same cost."""
+    figure = blank(8, 5.4)
+    axes = figure.add_subplot()
+    for color, (name, front) in zip(itertools.cycle(SERIES), fronts.items(), strict=False):
+        _draw_steps(axes, name, front, color)
+    axes.plot([1.0], points(front, [front.dense])[1], "*", ms=14, color=INK, label="dense")
+    axes.set(xlabel=SHARE[front.cost], ylabel="validation top-1 (%)")
+    _finish(figure, axes, "hypervolume, sweep")
     return figure
 
 
@@ -140,6 +143,21 @@ def dominated(front: Front, records: Sequence[TrialRecord]) -> list[TrialRecord]
 def points(front: Front, records: Sequence[TrialRecord]) -> tuple[list[float], list[float]]:
     """Return costs and top-1."""
     return [cost_of_record(r, front.cost) for r in records], [r.val_top1 or 0.0 for r in records]
+
+
+def shares(front: Front) -> tuple[list[float], list[float]]:
+    """Return the members' costs as shares of the dense model's, and their top-1."""
+    members = front.members
+    return [cost_ratio(front, member) for member in members], points(front, members)[1]
+
+
+def _draw_steps(axes: Axes, name: str, front: Front, color: str) -> None:
+    """Draw a front as what is reached at most at a cost, up to the dense model's."""
+    costs, tops = shares(front)
+    label = f"{front.hypervolume:.4f}  {name}"
+    line = ([*costs, max(1.0, costs[-1])], [*tops, tops[-1]]) if costs else ([], [])
+    axes.plot(*line, drawstyle="steps-post", color=color, label=label)
+    axes.plot(costs, tops, "o", ms=4, color=color)
 
 
 def _apart(front: Front, gap: float = 0.035) -> list[TrialRecord]:

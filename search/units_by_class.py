@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from numpy.typing import NDArray
 
-from search.class_changes import class_names, shortened
+from search.class_changes import class_names, label
 from search.drawing import INK, blank, plain
 
 ROWS, COLUMNS = 60, 900
@@ -124,7 +124,7 @@ def _name_rows(axes: Axes, names: Sequence[str], rows: int) -> None:
     step = 1 if rows <= _NAMED else rows // 10
     shown = range(0, rows, step)
     first = [row * len(names) // rows for row in shown]
-    axes.set_yticks([r + 0.5 for r in shown], [shortened(names[i]) for i in first], fontsize=7)
+    axes.set_yticks([r + 0.5 for r in shown], [label(names[i]) for i in first], fontsize=7)
 
 
 def _of_kind(masks: Mapping[str, Masks], kind: str) -> dict[int, Masks]:
