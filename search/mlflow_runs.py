@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import shutil
 import sys
@@ -17,24 +16,15 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from search.change import Change, change
-from search.drawing import write_png
-from search.front_plot import front_html
 from search.journal import Journal
-from search.kept import draw_kept
 from search.ledger import METRICS, Event, new_record
-from search.pictures import draw_front
-from search.progress import cost_ratio, front_line, top1_text
-from search.results import Front, TrialRecord, front_json
+from search.parent_page import ParentPage
+from search.results import Front, TrialRecord
 from search.sweep import SweepError
 
 RUNS = "mlflow.jsonl"
 """File of a sweep's directory that says which MLflow runs are its own, first the sweep's, and how
 far the ledger has been logged.
-"""
-
-REDRAW_S, REST = 60.0, 19.0
-"""Seconds for which the pictures of a changing front stay as they are, and multiples of the time
-that drawing them took: the page alone has 5 MB, and more with each trial.
 """
 
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # metrics first, in the UI
@@ -56,7 +46,12 @@ class SweepRuns:
     """
 
     def __init__(
-        self, client: MlflowClient, notes: Journal, lines: Sequence[dict], earlier: Front | None
+        self,
+        client: MlflowClient,
+        notes: Journal,
+        lines: Sequence[dict],
+        about: str,
+        earlier: Front | None,
     ) -> None:
         """Use `open` instead."""
         self.client, self.notes, self.directory = client, notes, notes.path.parent
@@ -74,8 +69,8 @@ class SweepRuns:
             ) from error
         self.place = max(0, places[-1]) if places else 0
         self.members: set[str] | None = None  # that are tagged; None is unknown
-        self.shown: set[str] | None = None  # that the note and the pictures show
-        self.redraw, self.again = -math.inf, True
+        self.again = True
+        self.page = ParentPage(client, self.parent, self.directory, about, earlier)
 
     @classmethod
     def open(
@@ -85,6 +80,7 @@ class SweepRuns:
         name: str,
         sweep_toml: str,
         may_write: Callable[[], None] = lambda: None,
+        about: str = "",
         earlier: Front | None = None,
     ) -> SweepRuns:
         """Open the runs of a sweep: those that its directory names, or new ones.
@@ -95,6 +91,7 @@ class SweepRuns:
             name: Name of the experiment and the parent run.
             sweep_toml: The sweep as run, kept as an artifact.
             may_write: Asked before anything is logged; it raises an error if this must not be.
+            about: What is searched, as Markdown, for who reads the parent run.
             earlier: The front that the sweep starts from, if it does.
 
         Raises:
@@ -109,7 +106,7 @@ class SweepRuns:
         try:
             client = MlflowClient(tracking_uri=uri or local_uri(directory))
             if noted := notes.read():
-                return cls(client, notes, noted, earlier)
+                return cls(client, notes, noted, about, earlier)
             experiment = client.get_experiment_by_name(name)
             where = None if uri else (directory / "mlartifacts").resolve().as_uri()
             identity = (
@@ -125,7 +122,7 @@ class SweepRuns:
             ) from error
         first = {"experiment": identity, "parent": parent}
         notes.append(first)
-        return cls(client, notes, [first], earlier)
+        return cls(client, notes, [first], about, earlier)
 
     def log(self, event: Event, place: int) -> None:
         """Log an event of the ledger, which goes on at a place behind it."""
@@ -142,14 +139,9 @@ class SweepRuns:
         self.place = place
 
     def show(self, front: Front, records: Sequence[TrialRecord]) -> None:
-        """Show a front, if its members changed: tags, a note, and now and then pictures."""
+        """Show a front: tags of its members, the note, and now and then pictures."""
         self._mark(front)
-        if self.members == self.shown:
-            return
-        self._describe(front)
-        if time.monotonic() >= self.redraw:
-            self._draw(front, records)
-        self.shown = self.members
+        self.page.show(front, records, self._links())
 
     def close(self, front: Front, records: Sequence[TrialRecord]) -> None:
         """Log the final front, with what was measured on test, and close the parent run."""
@@ -158,11 +150,16 @@ class SweepRuns:
                 metric = Metric("test_top1", member.test_top1, _now(), 0)
                 self._log_once(self.trials[member.trial], [metric])
         self._mark(front)
-        self._describe(front)
-        self._draw(front, records)
+        self.page.describe(front, records, self._links())
+        self.page.draw(front, records)
         if self.earlier is not None:
             self._log_once(self.parent, change_metrics(change(self.earlier, front)))
         self.client.set_terminated(self.parent, "FINISHED")
+
+    def _links(self) -> dict[str, str]:
+        """Return trial -> address of its run, relative to MLflow's page."""
+        base = f"#/experiments/{self.experiment}/runs"
+        return {trial: f"{base}/{run}" for trial, run in self.trials.items()}
 
     def _learned(self, event: Event) -> None:
         """Log what methods learned before the trials: a table, and the seconds that it took."""
@@ -241,26 +238,6 @@ class SweepRuns:
             self.client.set_tag(self.trials[trial], "front", value)
             self.members = self.members ^ {trial}
 
-    def _describe(self, front: Front) -> None:
-        self.client.log_dict(self.parent, front_json(front), "front.json")
-        text = note(front)
-        if self.earlier is not None:
-            text += (
-                f"\n\nAgainst the front it started from: {change(self.earlier, front).describe()}"
-            )
-        self.client.set_tag(self.parent, "mlflow.note.content", text)
-
-    def _draw(self, front: Front, records: Sequence[TrialRecord]) -> None:
-        start = time.monotonic()
-        self.client.log_text(self.parent, front_html(front, records), "front.html")
-        pictures = {"front.png": draw_front(front, records), "kept.png": draw_kept(front)}
-        for name, picture in pictures.items():
-            path = self.directory / name
-            write_png(picture, path)
-            self.client.log_artifact(self.parent, str(path))
-        end = time.monotonic()
-        self.redraw = end + max(REDRAW_S, REST * (end - start))
-
 
 def first_line(error: Exception) -> str:
     """Return the first line of what went wrong."""
@@ -309,29 +286,3 @@ def change_metrics(change: Change) -> list[Metric]:
         "points_lost": len(change.lost),
     }
     return [Metric(key, float(value), _now(), 0) for key, value in values.items()]
-
-
-def note(front: Front) -> str:
-    """Return the front as Markdown."""
-    lines = [
-        f"Front of validation top-1 against {front.cost}: {front_line(front)}",
-        "",
-        "| trial | val top-1 | test top-1 | epochs | cost | GMACs | effective | params | plan |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for record in (*front.members, front.dense):
-        test = f"{record.test_top1:.1f}" if record.test_top1 is not None else ""
-        ratio = f"{cost_ratio(front, record):.2f}x"
-        cells = [
-            record.name,
-            top1_text(record),
-            test,
-            str(record.epochs),
-            ratio,
-            f"{record.gmacs:.4g}",
-            f"{record.effective_gmacs:.4g}",
-            f"{record.params:,}",
-            record.plan_line,
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from search.results import Front, TrialRecord, cost_of_record
+from search.sweep import Sweep
 
 UNIT = {"effective_gmacs": "effective MACs", "gmacs": "MACs", "latency": "time per image"}
 
@@ -139,6 +140,20 @@ class Progress:
     def _say(self, line: str) -> None:
         print(line.rstrip(), file=self.stream, flush=True)
         self.spoke = self.clock()
+
+
+def headline(sweep: Sweep, dense_cost: int) -> str:
+    """Say what a sweep searches.
+
+    Args:
+        sweep: The sweep.
+        dense_cost: MACs of the dense model, as the sweep counts them.
+    """
+    steps = ", ".join(sweep.labels)
+    return (
+        f"sweep {sweep.name}: {sweep.trials} trials of {sweep.epochs} epochs over {steps}; "
+        f"{sweep.budget.low} to {sweep.budget.high} of {dense_cost / 1e9:.4g} {sweep.cost}"
+    )
 
 
 def trial_line(record: TrialRecord) -> str:

@@ -24,6 +24,8 @@ from search.lease import hold
 from search.ledger import Ledger
 from search.mlflow_runs import SweepRuns
 from search.moasha import MoAsha
+from search.node_memory import full_nodes_end_actors_only
+from search.note import about_sweep
 from search.progress import Progress, front_line
 from search.recorder import Recorder
 from search.results import (
@@ -75,8 +77,9 @@ def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) ->
     with hold(sweep.directory, partial(print, file=stream, flush=True)) as lease:
         ledger = Ledger(sweep, may_write=lease.check)
         toml = sweep_toml(sweep)
+        about = about_sweep(sweep, space.dense_cost)
         runs = SweepRuns.open(
-            sweep.tracking, sweep.directory, sweep.name, toml, lease.check, earlier
+            sweep.tracking, sweep.directory, sweep.name, toml, lease.check, about, earlier
         )
         ledger.begin()
         digests = identity(sweep, dense)
@@ -228,23 +231,24 @@ def run_trials(
     trainable = PlanTrial if sweep.resources.workers == 1 else SharedTrial
     os.environ |= RAY_SETTINGS
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the recorder says what failed
-    tune.run(
-        tune.with_parameters(trainable, inputs=inputs),
-        name=ray_folder(sweep),
-        storage_path=str(sweep.directory.resolve()),
-        search_alg=searcher,
-        scheduler=scheduler,
-        num_samples=-1,  # the searcher says when there are no more
-        max_concurrent_trials=concurrent,
-        resources_per_trial=tune.PlacementGroupFactory([bundle(sweep)]),
-        reuse_actors=True,
-        callbacks=[recorder],
-        max_failures=0,  # search.retries decides
-        raise_on_failed_trial=False,
-        trial_name_creator=_name,
-        trial_dirname_creator=_name,
-        verbose=0,
-    )
+    with full_nodes_end_actors_only():
+        tune.run(
+            tune.with_parameters(trainable, inputs=inputs),
+            name=ray_folder(sweep),
+            storage_path=str(sweep.directory.resolve()),
+            search_alg=searcher,
+            scheduler=scheduler,
+            num_samples=-1,  # the searcher says when there are no more
+            max_concurrent_trials=concurrent,
+            resources_per_trial=tune.PlacementGroupFactory([bundle(sweep)]),
+            reuse_actors=True,
+            callbacks=[recorder],
+            max_failures=0,  # search.retries decides
+            raise_on_failed_trial=False,
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
+            verbose=0,
+        )
     shutil.rmtree(sweep.directory / ray_folder(sweep), ignore_errors=True)
 
 

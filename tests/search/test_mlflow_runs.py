@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from mlflow.tracking import MlflowClient
 
 from search.ledger import METRICS
 from search.mlflow_runs import SweepRuns, local_uri, trial_params, ui_command
-from search.results import Front, TrialRecord, build_front
+from search.results import TrialRecord, build_front
 from search.sweep import SweepError
 from tests.search.test_results import DENSE, record
 
@@ -143,7 +143,11 @@ def test_the_parent_holds_the_front(client: MlflowClient, directory: Path) -> No
     )
     assert [m["trial"] for m in front["front"]] == ["0003", "0002"]
     assert [m["test_top1"] for m in front["front"]] == [40.0, 70.0]
-    assert "| 0002 grouped 0.50x | 70.0 | 70.0 |" in parent.data.tags["mlflow.note.content"]
+    member = runs(client)["0002 grouped 0.50x"].info
+    link = f"#/experiments/{member.experiment_id}/runs/{member.run_id}"
+    note = parent.data.tags["mlflow.note.content"]
+    assert f"| [0002 grouped 0.50x]({link}) | 70.0 | 70.0 |" in note
+    assert "| failed | 1 | epoch 1: loss is nan |" in note
     assert parent.info.status == "FINISHED"
 
 
@@ -236,33 +240,6 @@ def test_what_mlflow_refuses_is_raised(tmp_path: Path) -> None:
 def test_a_server_that_is_not_there_is_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(SweepError, match=r"tracking = 'http://127\.0\.0\.1:9': .*give a server"):
         SweepRuns.open("http://127.0.0.1:9", tmp_path, "my sweep", "")
-
-
-def test_pictures_are_drawn_once_in_a_while(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The front changes with each trial; a picture takes long."""
-    drawn: list[int] = []
-    now = [0.0]
-
-    def slowly(front: Front, records: Sequence[TrialRecord]) -> str:
-        drawn.append(len(records))
-        now[0] += 10.0
-        return ""
-
-    monkeypatch.setattr("search.mlflow_runs.front_html", slowly)
-    sweep_runs = opened(tmp_path)
-    monkeypatch.setattr("search.mlflow_runs.time.monotonic", lambda: now[0])
-    records = [dataclasses.replace(DENSE, shape=SHAPE)]
-    log(sweep_runs, [asked(records[0])])
-    for number, later in enumerate((0.0, 100.0, 89.0, 2.0), 1):
-        now[0] += later
-        records.append(record(f"{number:04d}", 1.0 - 0.1 * number, 50.0, shape=SHAPE))
-        log(sweep_runs, [asked(records[-1])])
-        sweep_runs.show(build_front(records, "effective_gmacs"), list(records))
-    assert drawn == [2, 5]  # 190 s after the first, which took 10 s
-    sweep_runs.close(build_front(records, "effective_gmacs"), records)
-    assert drawn == [2, 5, 5]
 
 
 def test_params_stay_within_what_mlflow_takes() -> None:
