@@ -98,7 +98,7 @@ def rows(fronts: Mapping[str, Front]) -> list[tuple[str, ...]]:
         cells = [name, f"{against.after:.4f}", "", str(len(front.members)), "", ""]
         if front is not first:
             if against.before:
-                cells[2] = f"{100 * (against.after / against.before - 1):+.2g} %"
+                cells[2] = f"{100 * (against.after / against.before - 1):+.1f} %"
             cells[4:] = [_said(against.gained), _said(against.lost)]
         found.append(tuple(cells))
     return found

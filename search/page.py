@@ -81,7 +81,6 @@ _CONFIG = {
     "modeBarButtons": [
         ["zoom2d", "pan2d", "resetScale2d"]
     ],  # without the one that uploads the plot
-    "plotlyServerURL": "",
 }
 
 
