@@ -70,7 +70,7 @@ def print_comparison(fronts: Mapping[str, Front], stream: TextIO) -> None:
     console = Console(file=stream, width=None if stream.isatty() else 100, highlight=False)
     table = Table(box=None, pad_edge=False)
     for column in COLUMNS:
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for row in rows(fronts):
         table.add_row(*map(Text, row))
     console.print(table)
@@ -138,6 +138,6 @@ def _refuse_another(first: str, model: Front, name: str, front: Front) -> None:
         one, other = (float(getattr(f.dense, key)) for f in (model, front))
         if not math.isclose(one, other, rel_tol=0.0, abs_tol=tolerance):
             raise ValueError(
-                f"{key} of the dense model is {one:.6g} in {first} and {other:.6g} in {name}; "
+                f"{key} of the dense model is {one:.10g} in {first} and {other:.10g} in {name}; "
                 "give sweeps of one model, on the same images"
             )

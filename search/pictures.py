@@ -72,7 +72,7 @@ def draw_growth(front: Front, records: Sequence[TrialRecord]) -> Figure:
             f"{volume:.4f} after {spent} epochs",
             (spent, volume),
             textcoords="offset points",
-            xytext=(-6, -14),
+            xytext=(0, 6),
             ha="right",
             fontsize=9,
             color=FRONT,

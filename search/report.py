@@ -29,7 +29,8 @@ _PAGE = """{% extends "frame" %}
 {% if not ended %}
 <p class="front">This sweep has not ended: what follows is what it has so far.</p>
 {% endif %}
-<p>{{ sweep.labels | join(", ") }}, on {{ sweep.model.path or sweep.model.name }}. Every trial costs
+<p>Model {{ sweep.model.path or sweep.model.name }}, pruned by {{ sweep.labels | join(", ") }};
+compared on {{ sweep.data.val }}, the front also measured on {{ sweep.data.test }}. Trials cost
 {{ sweep.budget.low }} to {{ sweep.budget.high }} of the dense model's
 {{ "MACs" if front.cost == "latency" else unit }}; accuracy is traded against {{ unit }}.</p>
 <p>{{ counts }}; {{ spent }} epochs of fine-tuning.
@@ -134,9 +135,9 @@ def write_report(directory: Path, out: Path, pictures: Path | None = None) -> No
         FileNotFoundError: If there are no results.
         ValueError: If they are damaged.
     """
-    sweep = load_sweep(directory / "sweep.toml")
     front = read_front(directory / "front.json")
     records = read_trials(directory / "trials.parquet")
+    sweep = load_sweep(directory / "sweep.toml")
     figures = gallery(front, records)
     units = {
         label: draw_units(masks, front.classes)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from search.__main__ import main
 from search.compare import (
     COLUMNS,
     fronts_figure,
@@ -63,6 +64,17 @@ def test_the_page_holds_all_fronts(sweeps: list[Path], tmp_path: Path) -> None:
     assert "<script src" not in text
     assert "1: 0003" in text
     assert [path for path in tmp_path.iterdir() if path.is_file()] == [out]
+
+
+def test_the_verb_prints_and_writes(
+    sweeps: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directories = [str(path) for path in sweeps]
+    assert main(["compare", *directories]) == 0
+    assert "points won" in capsys.readouterr().out
+    assert main(["compare", *directories, "--out", str(tmp_path / "a.html")]) == 0
+    assert "points won" in (tmp_path / "a.html").read_text()
+    assert capsys.readouterr().out.endswith(f"wrote {tmp_path / 'a.html'}\n")
 
 
 def test_costs_are_shares_of_each_dense_model(tmp_path: Path) -> None:

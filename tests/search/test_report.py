@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from pruners.learned import Learned
+from search.__main__ import main
 from search.journal import Journal
 from search.ledger import LEDGER
 from search.report import masks_by_class, write_report
@@ -96,6 +97,24 @@ def test_a_sweep_is_one_page(directory: Path, tmp_path: Path) -> None:
     assert "Which units serve" not in page
     assert "evit: tokens -11 %" in page  # in what is hovered
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["report.html"]
+
+
+def test_the_verb_writes_the_page(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "report.html"
+    assert main(["report", str(directory), "--out", str(out)]) == 0
+    assert capsys.readouterr().out == f"wrote {out}\n"
+    assert "Sweep a" in out.read_text()
+
+
+def test_a_sweep_that_has_only_measured_the_dense_model(directory: Path, tmp_path: Path) -> None:
+    write_trials(directory / "trials.parquet", RECORDS[:1])
+    write_front(directory / "front.json", build_front(RECORDS[:1], "effective_gmacs"))
+    write_report(directory, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert 'Hypervolume <span class="front">0.0000</span>' in text
+    assert "Which classes pay" not in text
 
 
 def test_an_ended_sweep_is_not_said_to_run(directory: Path, tmp_path: Path) -> None:
