@@ -20,7 +20,8 @@ from search.journal import Journal
 from search.ledger import METRICS, Event, new_record
 from search.parent_page import ParentPage
 from search.results import Front, TrialRecord
-from search.sweep import SweepError
+from search.sweep import Sweep, SweepError
+from search.sweep_toml import sweep_toml
 
 RUNS = "mlflow.jsonl"
 """File of a sweep's directory that says which MLflow runs are its own, first the sweep's, and how
@@ -75,10 +76,7 @@ class SweepRuns:
     @classmethod
     def open(
         cls,
-        uri: str | None,
-        directory: Path,
-        name: str,
-        sweep_toml: str,
+        sweep: Sweep,
         may_write: Callable[[], None] = lambda: None,
         about: str = "",
         earlier: Front | None = None,
@@ -86,10 +84,7 @@ class SweepRuns:
         """Open the runs of a sweep: those that its directory names, or new ones.
 
         Args:
-            uri: MLflow tracking URI; None is SQLite in the sweep's directory.
-            directory: The sweep's directory; it exists.
-            name: Name of the experiment and the parent run.
-            sweep_toml: The sweep as run, kept as an artifact.
+            sweep: The sweep, whose directory exists.
             may_write: Asked before anything is logged; it raises an error if this must not be.
             about: What is searched, as Markdown, for who reads the parent run.
             earlier: The front that the sweep starts from, if it does.
@@ -102,6 +97,7 @@ class SweepRuns:
             logging.getLogger(noisy).setLevel(logging.CRITICAL)
         # Who asks repeats what failed, and looks first whether it was done.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        uri, directory, name = sweep.tracking, sweep.directory, sweep.name
         notes = Journal(directory / RUNS, may_write)
         try:
             client = MlflowClient(tracking_uri=uri or local_uri(directory))
@@ -115,7 +111,8 @@ class SweepRuns:
                 else client.create_experiment(name, where, tags=_KIND)
             )
             parent = client.create_run(identity, run_name=name, tags={"sweep": name}).info.run_id
-            client.log_text(parent, sweep_toml, "sweep.toml")
+            client.log_text(parent, sweep_toml(sweep), "sweep.toml")
+            client.log_batch(parent, params=[Param(k, v) for k, v in sweep_params(sweep).items()])
         except (MlflowException, OSError) as error:
             raise SweepError(
                 f"tracking = {uri!r}: {first_line(error)}; give a server that runs"
@@ -261,6 +258,24 @@ def ui_command(uri: str | None, directory: Path) -> str:
     here = os.path.relpath(Path(sys.executable).with_name("mlflow"))  # not everyone activates
     program = "mlflow" if shutil.which("mlflow") else here
     return f"{program} ui --backend-store-uri {uri or f'sqlite:///{directory}/mlflow.db'}"
+
+
+def sweep_params(sweep: Sweep) -> dict[str, str]:
+    """Return what is searched, as the parent run's parameters."""
+    data = sweep.data
+    return {
+        "model": str(sweep.model.path or sweep.model.name),
+        "train": data.train,
+        "val": data.val,
+        "test": data.test,
+        "steps": ", ".join(sweep.labels),
+        "budget": f"{sweep.budget.low} to {sweep.budget.high}",
+        "cost": sweep.cost,
+        "trials": str(sweep.trials),
+        "epochs": str(sweep.epochs),
+        "sampler": sweep.sampler,
+        "seed": str(sweep.seed),
+    }
 
 
 def trial_params(record: TrialRecord) -> dict[str, str]:

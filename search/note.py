@@ -57,9 +57,9 @@ def _page(
     links: Mapping[str, str],
     width: int,
 ) -> str:
+    # The front first: MLflow folds a note behind its first lines.
     missing = len(front.members) + 1 - len(rows)
     parts = [
-        about,
         f"**Front** of validation top-1 against {UNIT[front.cost]}: {front_line(front)}",
         _front_table(front, rows, links, width),
         f"{missing} more members are in front.json." if missing else "",
@@ -67,6 +67,7 @@ def _page(
         "`kept.png`, `methods.png`, `classes.png`, `front.json`, `sweep.toml`. "
         'Runs: filter by `tags.front = "true" and metrics.gmacs < 0.04`.',
         _ends_table(records, links),
+        about,
     ]
     return "\n\n".join(part for part in parts if part)
 

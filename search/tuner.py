@@ -76,11 +76,8 @@ def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) ->
     prepare_directory(sweep)
     with hold(sweep.directory, partial(print, file=stream, flush=True)) as lease:
         ledger = Ledger(sweep, may_write=lease.check)
-        toml = sweep_toml(sweep)
         about = about_sweep(sweep, space.dense_cost)
-        runs = SweepRuns.open(
-            sweep.tracking, sweep.directory, sweep.name, toml, lease.check, about, earlier
-        )
+        runs = SweepRuns.open(sweep, lease.check, about, earlier)
         ledger.begin()
         digests = identity(sweep, dense)
         ledger.identify(digests)

@@ -13,7 +13,7 @@ from mlflow.tracking import MlflowClient
 from search.ledger import METRICS
 from search.mlflow_runs import SweepRuns, local_uri, trial_params, ui_command
 from search.results import TrialRecord, build_front
-from search.sweep import SweepError
+from search.sweep import Budget, DataSpec, ModelSpec, StepSpec, Sweep, SweepError
 from tests.search.test_results import DENSE, record
 
 SHAPE = {
@@ -64,13 +64,28 @@ def log(runs: SweepRuns, events: Iterable[dict[str, Any]]) -> None:
         runs.again = False
 
 
+def tracked(directory: Path, tracking: str | None = None) -> Sweep:
+    """A sweep of a directory."""
+    return Sweep(
+        name=directory.name,
+        storage=str(directory.parent),
+        tracking=tracking,
+        model=ModelSpec(path="vit.safetensors"),
+        data=DataSpec(train="train", val="val", test="test"),
+        steps=(StepSpec(method="grouped"),),
+        budget=Budget(low=0.3, high=0.9),
+        trials=5,
+        epochs=2,
+    )
+
+
 def opened(directory: Path) -> SweepRuns:
-    return SweepRuns.open(None, directory, "my sweep", 'name = "my sweep"\n')
+    return SweepRuns.open(tracked(directory))
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("sweep")
+    return tmp_path_factory.mktemp("my-sweep")
 
 
 @pytest.fixture(scope="module")
@@ -104,15 +119,15 @@ def client(directory: Path) -> MlflowClient:
     return MlflowClient(tracking_uri=local_uri(directory))
 
 
-def runs(client: MlflowClient, query: str = "") -> dict[str, object]:
-    experiment = client.get_experiment_by_name("my sweep")
+def runs(client: MlflowClient, query: str = "", experiment: str = "my-sweep0") -> dict[str, object]:
+    experiment = client.get_experiment_by_name(experiment)
     return {r.info.run_name: r for r in client.search_runs([experiment.experiment_id], query)}
 
 
 def test_a_parent_and_its_children(client: MlflowClient) -> None:
     found = runs(client)
     assert len(found) == 6
-    parent = found.pop("my sweep")
+    parent = found.pop("my-sweep0")
     assert {r.data.tags["mlflow.parentRunId"] for r in found.values()} == {parent.info.run_id}
     assert "0002 grouped 0.50x" in found
 
@@ -138,12 +153,14 @@ def test_params_are_readable(client: MlflowClient) -> None:
 
 
 def test_the_parent_holds_the_front(client: MlflowClient, directory: Path) -> None:
-    parent = runs(client)["my sweep"]
+    parent = runs(client)["my-sweep0"]
     history = client.get_metric_history(parent.info.run_id, "hypervolume")
     assert [(m.step, round(m.value, 2)) for m in history] == [
         *((2, 0.24), (3, 0.23), (4, 0.24), (5, 0.25))
     ]
     assert parent.data.metrics["learning_seconds"] == 24.0
+    assert parent.data.params["steps"] == "grouped"
+    assert parent.data.params["budget"] == "0.3 to 0.9"
     names = {f.path for f in client.list_artifacts(parent.info.run_id)}
     assert names == {
         *("sweep.toml", "learned.json", "elastic.json"),
@@ -237,7 +254,7 @@ def test_the_tags_of_a_front_follow_it_past_a_killed_driver(tmp_path: Path) -> N
     log(again, [asked(better)])
     records = [shaped, first, better]
     again.show(build_front(records, "effective_gmacs"), records)
-    assert set(runs(again.client, "tags.front = 'true'")) == {better.name}
+    assert set(runs(again.client, "tags.front = 'true'", tmp_path.name)) == {better.name}
 
 
 def test_what_mlflow_refuses_is_raised(tmp_path: Path) -> None:
@@ -250,7 +267,7 @@ def test_what_mlflow_refuses_is_raised(tmp_path: Path) -> None:
 
 def test_a_server_that_is_not_there_is_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(SweepError, match=r"tracking = 'http://127\.0\.0\.1:9': .*give a server"):
-        SweepRuns.open("http://127.0.0.1:9", tmp_path, "my sweep", "")
+        SweepRuns.open(tracked(tmp_path, "http://127.0.0.1:9"))
 
 
 def test_params_stay_within_what_mlflow_takes() -> None:

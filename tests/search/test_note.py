@@ -20,7 +20,8 @@ def test_members_link_to_their_runs() -> None:
     records = [DENSE, record("0001", 0.5, 70.0, test_top1=69.0), record("0002", 0.7, 75.0)]
     links = {"0001": "#/experiments/7/runs/abc"}
     text = note(build_front(records, "effective_gmacs"), records, "sweep a", links)
-    assert text.startswith("sweep a\n\n**Front** of validation top-1 against effective MACs: 0.50x")
+    assert text.startswith("**Front** of validation top-1 against effective MACs: 0.50x 70.0 %")
+    assert text.endswith("\n\nsweep a")
     first, second, dense = rows_below(text, "| trial |")
     assert first.startswith("| [0001 grouped 0.50x](#/experiments/7/runs/abc) | 70.0 | 69.0 | 2 |")
     assert second.startswith("| 0002 grouped 0.70x | 75.0 |  | 2 | 0.70x |")
