@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 
+from search.ends import counts, reasons
 from search.mlflow_views import FRONT, TRIALS
 from search.progress import UNIT, cost_ratio, front_line, headline, top1_text
 from search.results import Front, TrialRecord
@@ -18,8 +19,6 @@ PLAN_WIDTHS = (400, 160, 80, 30)
 
 REASONS = 8
 """Reasons of trials that did not come to their end which are shown; the commonest."""
-
-ENDS = {"stopped": "stopped early", "failed": "failed"}
 
 
 def about_sweep(sweep: Sweep, dense_cost: int) -> str:
@@ -103,23 +102,14 @@ def _front_table(
 
 def _ends_table(records: Sequence[TrialRecord], links: Mapping[str, str]) -> str:
     """Return how many trials came to which end, and of those that did not finish, why."""
-    counts = {
-        status: sum(record.status == status for record in records)
-        for status in ("finished", "stopped", "failed", "running")
-    }
-    said = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    lines = [f"**Trials**: {said}."]
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for record in records:
-        if record.status in ENDS:
-            why = record.reason or "others of similar cost were better"
-            reasons.setdefault((ENDS[record.status], why), []).append(record.trial)
-    if reasons:
+    lines = [f"**Trials**: {counts(records)}."]
+    found = reasons(records)
+    if found:
         lines += ["", "| end | trials | why | for example |", "|---|---|---|---|"]
-    commonest = sorted(reasons.items(), key=lambda item: (item[0][0], -len(item[1])))
-    for (end, why), trials in commonest[:REASONS]:
-        example = _linked(trials[0], trials[0], links)
-        cells = [end, str(len(trials)), textwrap.shorten(why, 200, placeholder=" …"), example]
+    for reason in found[:REASONS]:
+        example = _linked(reason.trials[0], reason.trials[0], links)
+        why = textwrap.shorten(reason.why, 200, placeholder=" …")
+        cells = [reason.end, str(len(reason.trials)), why, example]
         lines.append(f"| {' | '.join(map(_cell, cells))} |")
     return "\n".join(lines)
 

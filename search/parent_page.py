@@ -10,8 +10,10 @@ from pathlib import Path
 from mlflow.tracking import MlflowClient
 
 from search.change import change
+from search.drawing import write_png
+from search.front_plot import front_html
+from search.gallery import gallery
 from search.note import note
-from search.pictures import front_html, front_png, kept_png
 from search.results import Front, TrialRecord, front_json
 
 REDRAW_S, REST = 60.0, 19.0
@@ -66,9 +68,9 @@ class ParentPage:
         """Draw the pictures."""
         start = time.monotonic()
         self.client.log_text(self.parent, front_html(front, records), "front.html")
-        for draw, name in ((front_png, "front.png"), (kept_png, "kept.png")):
-            path = self.directory / name
-            draw(front, records, path)
+        for name, figure in gallery(front, records).items():
+            path = self.directory / f"{name}.png"
+            write_png(figure, path)
             self.client.log_artifact(self.parent, str(path))
         end = time.monotonic()
         self.redraw = end + max(REDRAW_S, REST * (end - start))

@@ -19,6 +19,9 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from search import pareto
 
+DONE = "done"
+"""File of a sweep's directory that says that it is finished."""
+
 TrialName = Annotated[str, Field(pattern=r"^[0-9]{4,9}$")]
 """Name of a trial, which its folder bears."""
 

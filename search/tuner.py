@@ -29,6 +29,7 @@ from search.note import about_sweep
 from search.progress import Progress, front_line
 from search.recorder import Recorder
 from search.results import (
+    DONE,
     Front,
     TrialRecord,
     build_front,
@@ -47,9 +48,6 @@ from search.trial import PlanTrial
 from search.trial_data import measure_on_test
 from search.trial_inputs import TrialInputs
 from search.writing import writing_to
-
-DONE = "done"
-"""File of a sweep's directory that says that it is finished."""
 
 ELASTIC_PLANS = 256
 """Plans that are drawn for an elastic start; longer ones go through them again."""

@@ -18,7 +18,18 @@ from tests.search.test_results import DENSE, record
 
 SHAPE = {
     "dim": 8,
-    "blocks": [{"tokens": 5, "mlp_tokens": 5, "heads": 2, "qk_dim": 4, "v_dim": 4, "hidden": 16}],
+    "blocks": [
+        {
+            "tokens": 5,
+            "mlp_tokens": 5,
+            "heads": 2,
+            "qk_dim": 4,
+            "v_dim": 4,
+            "hidden": 16,
+            "attn_out": 8,
+            "mlp_out": 8,
+        }
+    ],
     "nonzero": {},
 }
 
@@ -153,7 +164,7 @@ def test_the_parent_holds_the_front(client: MlflowClient, directory: Path) -> No
     names = {f.path for f in client.list_artifacts(parent.info.run_id)}
     assert names == {
         *("sweep.toml", "learned.json", "elastic.json"),
-        *("front.json", "front.html", "front.png", "kept.png"),
+        *("front.json", "front.html", "front.png", "hypervolume.png", "kept.png", "methods.png"),
     }
     front = json.loads(
         Path(client.download_artifacts(parent.info.run_id, "front.json")).read_text()
