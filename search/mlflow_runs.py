@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,10 +17,14 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from pruners import ViTShape, cost_of
 from search.change import Change, change
+from search.drawing import write_png
 from search.journal import Journal
+from search.kept import draw_plan
 from search.ledger import METRICS, Event, new_record
 from search.mlflow_views import FRONT, TRIALS, view_address, view_tags
+from search.note import about_sweep
 from search.parent_page import ParentPage
 from search.results import Front, TrialRecord
 from search.sweep import Sweep, SweepError
@@ -52,7 +58,8 @@ class SweepRuns:
         client: MlflowClient,
         notes: Journal,
         lines: Sequence[dict],
-        about: str,
+        sweep: Sweep,
+        dense: ViTShape,
         earlier: Front | None,
     ) -> None:
         """Use `open` instead."""
@@ -72,22 +79,24 @@ class SweepRuns:
         self.place = max(0, places[-1]) if places else 0
         self.members: set[str] | None = None  # that are tagged; None is unknown
         self.again = True
-        self.page = ParentPage(client, self.parent, self.directory, about, earlier)
+        self.dense = dense.to_json()
+        about = about_sweep(sweep, cost_of(dense).macs)
+        self.page = ParentPage(client, self.parent, sweep, about, earlier)
 
     @classmethod
     def open(
         cls,
         sweep: Sweep,
+        dense: ViTShape,
         may_write: Callable[[], None] = lambda: None,
-        about: str = "",
         earlier: Front | None = None,
     ) -> SweepRuns:
         """Open the runs of a sweep: those that its directory names, or new ones.
 
         Args:
             sweep: The sweep, whose directory exists.
+            dense: Shape of its dense model.
             may_write: Asked before anything is logged; it raises an error if this must not be.
-            about: What is searched, as Markdown, for who reads the parent run.
             earlier: The front that the sweep starts from, if it does.
 
         Raises:
@@ -103,7 +112,7 @@ class SweepRuns:
         try:
             client = MlflowClient(tracking_uri=uri or local_uri(directory))
             if noted := notes.read():
-                return cls(client, notes, noted, about, earlier)
+                return cls(client, notes, noted, sweep, dense, earlier)
             experiment = client.get_experiment_by_name(name)
             where = None if uri else (directory / "mlartifacts").resolve().as_uri()
             identity = (
@@ -122,7 +131,7 @@ class SweepRuns:
             ) from error
         first = {"experiment": identity, "parent": parent}
         notes.append(first)
-        return cls(client, notes, [first], about, earlier)
+        return cls(client, notes, [first], sweep, dense, earlier)
 
     def log(self, event: Event, place: int) -> None:
         """Log an event of the ledger, which goes on at a place behind it."""
@@ -165,6 +174,7 @@ class SweepRuns:
     def _learned(self, event: Event) -> None:
         """Log what methods learned before the trials: a table, and the seconds that it took."""
         self.client.log_dict(self.parent, {"runs": event["runs"]}, "learned.json")
+        self.page.draw_learned()
         seconds = sum(run["report"]["seconds"] for run in event["runs"])
         metric = Metric("learning_seconds", seconds, event["time"], 0)
         self._log_once(self.parent, [metric])
@@ -205,7 +215,13 @@ class SweepRuns:
         metrics = [
             Metric(key, float(result[key]), event["time"], result["epoch"]) for key in METRICS
         ]
-        self._log_once(self.trials[result["trial"]], metrics)
+        run = self.trials[result["trial"]]
+        if result["epoch"] == 0:
+            kept = draw_plan(json.loads(result["shape"]), self.dense)
+            with tempfile.TemporaryDirectory() as folder:
+                write_png(kept, Path(folder) / "plan.png")
+                self.client.log_artifact(run, str(Path(folder) / "plan.png"))
+        self._log_once(run, metrics)
 
     def _end_trial(self, event: Event) -> None:
         run = self.trials[event["trial"]]

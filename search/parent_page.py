@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
+from matplotlib.figure import Figure
 from mlflow.tracking import MlflowClient
 
 from search.change import change
@@ -14,7 +14,10 @@ from search.drawing import write_png
 from search.front_plot import front_html
 from search.gallery import gallery
 from search.note import note
+from search.report import masks_by_class
 from search.results import Front, TrialRecord, front_json
+from search.sweep import Sweep
+from search.units_by_class import draw_units
 
 REDRAW_S, REST = 60.0, 19.0
 """Seconds for which the pictures stay as they are, and multiples of the time that drawing them
@@ -29,7 +32,7 @@ class ParentPage:
         self,
         client: MlflowClient,
         parent: str,
-        directory: Path,
+        sweep: Sweep,
         about: str,
         earlier: Front | None,
     ) -> None:
@@ -38,11 +41,11 @@ class ParentPage:
         Args:
             client: MLflow.
             parent: Run of the sweep.
-            directory: The sweep's directory, where pictures are drawn.
+            sweep: The sweep, in whose directory pictures are drawn.
             about: What is searched, as Markdown.
             earlier: The front that the sweep starts from, if it does.
         """
-        self.client, self.parent, self.directory = client, parent, directory
+        self.client, self.parent, self.sweep = client, parent, sweep
         self.about, self.earlier = about, earlier
         self.redraw = -math.inf
 
@@ -67,10 +70,20 @@ class ParentPage:
     def draw(self, front: Front, records: Sequence[TrialRecord]) -> None:
         """Draw the pictures."""
         start = time.monotonic()
-        self.client.log_text(self.parent, front_html(front, records), "front.html")
+        budget = self.sweep.budget
+        html = front_html(front, records, (budget.low, budget.high))
+        self.client.log_text(self.parent, html, "front.html")
         for name, figure in gallery(front, records).items():
-            path = self.directory / f"{name}.png"
-            write_png(figure, path)
-            self.client.log_artifact(self.parent, str(path))
+            self._log(name, figure)
         end = time.monotonic()
         self.redraw = end + max(REDRAW_S, REST * (end - start))
+
+    def draw_learned(self) -> None:
+        """Draw which units serve which classes, where a method has learned that."""
+        for label, masks in masks_by_class(self.sweep.directory).items():
+            self._log(f"units_by_class-{label}", draw_units(masks))
+
+    def _log(self, name: str, figure: Figure) -> None:
+        path = self.sweep.directory / f"{name}.png"
+        write_png(figure, path)
+        self.client.log_artifact(self.parent, str(path))

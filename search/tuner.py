@@ -25,7 +25,6 @@ from search.ledger import Ledger
 from search.mlflow_runs import SweepRuns
 from search.moasha import MoAsha
 from search.node_memory import full_nodes_end_actors_only
-from search.note import about_sweep
 from search.progress import Progress, front_line
 from search.recorder import Recorder
 from search.results import (
@@ -76,8 +75,7 @@ def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) ->
     prepare_directory(sweep)
     with hold(sweep.directory, partial(print, file=stream, flush=True)) as lease:
         ledger = Ledger(sweep, may_write=lease.check)
-        about = about_sweep(sweep, space.dense_cost)
-        runs = SweepRuns.open(sweep, lease.check, about, earlier)
+        runs = SweepRuns.open(sweep, dense.shape(), lease.check, earlier)
         ledger.begin()
         digests = identity(sweep, dense)
         ledger.identify(digests)

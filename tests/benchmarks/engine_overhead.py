@@ -102,7 +102,7 @@ def run_engine(sweep: Sweep, dense: PrunableViT, space: Space) -> Row:
     """Run a sweep's trials as `python -m search run` does."""
     sweep.directory.mkdir(parents=True)
     ledger = Ledger(sweep)
-    runs = SweepRuns.open(sweep)
+    runs = SweepRuns.open(sweep, dense.shape())
     tracker = Tracker(runs, ledger.journal)
     progress = Progress(io.StringIO(), trials=sweep.trials, epochs=sweep.epochs)
     searcher = TimedSearcher(sweep, space, ledger)

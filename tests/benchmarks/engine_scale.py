@@ -176,7 +176,7 @@ def engine_of(by: str, folder: str, trials: int, sampler: str) -> Engine:
     dense, space = check(sweep)
     sweep.directory.mkdir(parents=True)
     ledger = Ledger(sweep)
-    runs = SweepRuns.open(sweep)
+    runs = SweepRuns.open(sweep, dense.shape())
     tracker = Tracker(runs, ledger.journal)
     searcher = PlanSearcher(sweep, space, ledger)
     assert sweep.halving is not None

@@ -6,32 +6,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from PIL import Image
 
 from search.ledger import METRICS
 from search.mlflow_runs import SweepRuns, local_uri, trial_params, ui_command
 from search.results import TrialRecord, build_front
 from search.sweep import Budget, DataSpec, ModelSpec, StepSpec, Sweep, SweepError
+from tests.conftest import build_tiny
 from tests.search.test_results import DENSE, record
 
-SHAPE = {
-    "dim": 8,
-    "blocks": [
-        {
-            "tokens": 5,
-            "mlp_tokens": 5,
-            "heads": 2,
-            "qk_dim": 4,
-            "v_dim": 4,
-            "hidden": 16,
-            "attn_out": 8,
-            "mlp_out": 8,
-        }
-    ],
-    "nonzero": {},
-}
+TINY_SHAPE = build_tiny().shape()
+SHAPE = TINY_SHAPE.to_json()
 
 
 def asked(r: TrialRecord, at: int = 1_000) -> dict[str, Any]:
@@ -49,6 +38,7 @@ def asked(r: TrialRecord, at: int = 1_000) -> dict[str, Any]:
 
 def epoch(r: TrialRecord, number: int, top1: float, at: int = 1_001) -> dict[str, Any]:
     result = dict.fromkeys(METRICS, 0.5) | {"val_top1": top1, "trial": r.trial, "epoch": number}
+    result["shape"] = json.dumps(SHAPE)
     return {"event": "epoch", "time": at, "result": result}
 
 
@@ -80,7 +70,7 @@ def tracked(directory: Path, tracking: str | None = None) -> Sweep:
 
 
 def opened(directory: Path) -> SweepRuns:
-    return SweepRuns.open(tracked(directory))
+    return SweepRuns.open(tracked(directory), TINY_SHAPE)
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +175,13 @@ def test_the_plan_is_kept_as_json(client: MlflowClient) -> None:
     assert plan == record("0001", 0.6, 60.0).plan
 
 
+def test_the_plan_is_kept_as_a_picture(client: MlflowClient) -> None:
+    run = runs(client)["0001 grouped 0.60x"]
+    path = Path(client.download_artifacts(run.info.run_id, "plan.png"))
+    assert np.asarray(Image.open(path).convert("L")).std() > 5  # not blank
+    assert path.stat().st_size < 1_000_000
+
+
 def test_the_dense_models_test_accuracy_is_not_logged_twice(client: MlflowClient) -> None:
     run = runs(client)["0002 grouped 0.50x"]
     history = client.get_metric_history(run.info.run_id, "test_top1")
@@ -267,7 +264,7 @@ def test_what_mlflow_refuses_is_raised(tmp_path: Path) -> None:
 
 def test_a_server_that_is_not_there_is_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(SweepError, match=r"tracking = 'http://127\.0\.0\.1:9': .*give a server"):
-        SweepRuns.open(tracked(tmp_path, "http://127.0.0.1:9"))
+        SweepRuns.open(tracked(tmp_path, "http://127.0.0.1:9"), TINY_SHAPE)
 
 
 def test_params_stay_within_what_mlflow_takes() -> None:
