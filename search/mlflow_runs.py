@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import shutil
@@ -19,6 +18,7 @@ from mlflow.tracking import MlflowClient
 from search.change import Change, change
 from search.journal import Journal
 from search.ledger import METRICS, Event, new_record
+from search.mlflow_client import mlflow_client
 from search.pictures import front_html, front_png, kept_png
 from search.progress import cost_ratio, front_line, top1_text
 from search.results import Front, TrialRecord, front_json
@@ -97,14 +97,9 @@ class SweepRuns:
         Raises:
             SweepError: If there are none yet, and MLflow does not take any.
         """
-        # What goes wrong is said by whoever follows the ledger, in a line.
-        for noisy in ("alembic", "mlflow.store.db.utils"):
-            logging.getLogger(noisy).setLevel(logging.CRITICAL)
-        # Who asks repeats what failed, and looks first whether it was done.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         notes = Journal(directory / RUNS, may_write)
         try:
-            client = MlflowClient(tracking_uri=uri or local_uri(directory))
+            client = mlflow_client(uri or local_uri(directory))
             if noted := notes.read():
                 return cls(client, notes, noted, earlier)
             experiment = client.get_experiment_by_name(name)

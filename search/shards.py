@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -181,3 +182,20 @@ def _is_image(kind: pa.DataType) -> bool:
 
 def _name(image: dict[str, object] | None, path: str, group: int, row: int) -> str:
     return str((image or {}).get("path") or f"{path}, row group {group}, row {row}")
+
+
+def class_names(shards: Shards) -> list[str] | None:
+    """Return the names of the classes, if the Parquet files hold them as Hugging Face writes them.
+
+    That is `info.features.<label column>.names` in the JSON of the schema's key "huggingface".
+    """
+    path = shards.paths[0]
+    with naming(path), shards.filesystem.open_input_file(path) as file:
+        metadata = pq.ParquetFile(file).schema_arrow.metadata or {}
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        names = features[shards.label_column]["names"]
+    except (ValueError, LookupError, TypeError, RecursionError):  # any other schema is as good
+        return None
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names if is_list else None

@@ -26,6 +26,7 @@ from search.mlflow_runs import SweepRuns
 from search.moasha import MoAsha
 from search.progress import Progress, front_line
 from search.recorder import Recorder
+from search.registry import Registration
 from search.results import (
     Front,
     TrialRecord,
@@ -35,6 +36,7 @@ from search.results import (
     write_trials,
 )
 from search.searcher import PlanSearcher
+from search.serving import served_models, start_serving
 from search.shards import find_shards
 from search.shared_trial import HEAD, SharedTrial, ray_folder, worker_bundle
 from search.space import Space
@@ -104,7 +106,7 @@ def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) ->
                 raise SweepInterruptedError(interrupted_line(sweep, records))
             progress.stopped(searcher.stopped)
             searcher.export_study(sweep.directory / "study.db")
-            return finish(sweep, dense, ledger, tracker)
+            return finish(sweep, dense, digests, ledger, tracker, progress)
 
 
 def earlier_front(sweep: Sweep) -> Front | None:
@@ -280,7 +282,14 @@ def most_trials_at_once(sweep: Sweep) -> int:
     return room // workers
 
 
-def finish(sweep: Sweep, dense: PrunableViT, ledger: Ledger, tracker: Tracker) -> Front:
+def finish(
+    sweep: Sweep,
+    dense: PrunableViT,
+    digests: dict[str, str],
+    ledger: Ledger,
+    tracker: Tracker,
+    progress: Progress,
+) -> Front:
     """Measure the front and the dense model on the test split, once, and write everything down.
 
     Raises:
@@ -305,24 +314,39 @@ def finish(sweep: Sweep, dense: PrunableViT, ledger: Ledger, tracker: Tracker) -
         name: measure.remote(sweep.directory.resolve() / records[name].checkpoint, sweep, shared)
         for name in names
     }
+    serving = start_serving(sweep, front, pending, digests) if sweep.model_name else {}
     for name, top1 in pending.items():
         try:
             records[name] = dataclasses.replace(records[name], test_top1=ray.get(top1))
         except ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error
             raise SweepFailedError(f"trial {name} could not be tested: {cause}") from error
-    return write_all(sweep, tracker, sorted(records.values(), key=lambda r: r.trial))
+    served, unserved = served_models(serving)
+    tested = sorted(records.values(), key=lambda r: r.trial)
+    registration = Registration(
+        model=sweep.model_name or sweep.name,
+        sweep=sweep.name,
+        front=build_front(tested, sweep.cost),
+        served=served,
+        failed=unserved,
+        digests=digests,
+        budgets=sweep.alias_budgets,
+    )
+    write_all(sweep, tracker, tested, registration)
+    progress.registered(registration.lines())
+    return registration.front
 
 
-def write_all(sweep: Sweep, tracker: Tracker, records: list[TrialRecord]) -> Front:
+def write_all(
+    sweep: Sweep, tracker: Tracker, records: list[TrialRecord], registration: Registration
+) -> None:
     """Write the final records and the front, on disk and in MLflow."""
-    front = build_front(records, sweep.cost)
+    front = registration.front
     with writing_to(sweep.directory):
         write_trials(sweep.directory / "trials.parquet", records)
         write_front(sweep.directory / "front.json", front)
-    tracker.finish(front, records)
+    tracker.finish(front, records, registration.steps())
     (sweep.directory / DONE).touch()
-    return front
 
 
 def _name(trial: tune.experiment.Trial) -> str:
