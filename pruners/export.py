@@ -26,7 +26,6 @@ INPUT, OUTPUT = "images", "logits"
 MOST_BYTES = 2**31
 """What a protobuf, and so an ONNX file without others beside it, holds at most."""
 
-
 _STACK_TRACE = "pkg.torch.onnx.stack_trace"  # names the paths of this machine, node by node
 
 

@@ -45,8 +45,14 @@ def promote(model: str, version: str, tracking: str | None) -> list[str]:
     except (MlflowException, OSError) as error:
         raise ValueError(f"{name} in {uri}: {first_line(error)}") from error
     serve = f"mlflow models serve -m models:/{model}@{APPROVED} --env-manager local"
+    tags = found.tags
+    top1 = ", ".join(
+        f"{split} {float(tags[key]):.1f} %"
+        for split, key in (("validation", "val_top1"), ("test", "test_top1"))
+    )
+    cost = f"{float(tags['cost_ratio']):.2f}x the dense model's {tags['cost']}"
     return [
-        f"approved {name}: trial {found.tags['trial']} of sweep {found.tags['sweep']}",
+        f"approved {name}: trial {tags['trial']} of sweep {tags['sweep']}, {top1}, {cost}",
         f"serve it with: MLFLOW_TRACKING_URI={shlex.quote(uri)} {serve}",
     ]
 

@@ -115,6 +115,7 @@ trials = 6
 ladder = 2
 alone = 0
 epochs = 1
+registered_model = false
 storage = "{folder}/results"
 
 [model]
