@@ -225,8 +225,8 @@ class Sweep(_Part):
     resources: Resources = Resources()
     storage: str = "results"
     tracking: str | None = None  # MLflow tracking URI; None is SQLite in the sweep's directory
-    # whose versions the front's members are; None is the sweep's name, False registers none
-    registered_model: Annotated[str, _NAME] | Literal[False] | None = None
+    register_front: bool = True  # make each member of the front a version of a registered model ...
+    registered_model: Annotated[str, _NAME] | None = None  # ... of this name; None is the sweep's
     # shares of the dense cost; the best version within each gets an alias, best-under-50
     alias_budgets: tuple[Annotated[float, Field(gt=0.0, lt=1.0)], ...] = (0.25, 0.5, 0.75)
     max_failures: int = Field(2, ge=0)  # restarts of a trial without an epoch between them
@@ -300,9 +300,9 @@ class Sweep(_Part):
         return Path(self.storage) / self.name
 
     @property
-    def model_name(self) -> str | None:
-        """Registered model whose versions the front's members are; None registers none."""
-        return self.name if self.registered_model is None else self.registered_model or None
+    def model_name(self) -> str:
+        """Registered model whose versions the front's members are."""
+        return self.name if self.registered_model is None else self.registered_model
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -314,7 +314,7 @@ def finish(
         name: measure.remote(sweep.directory.resolve() / records[name].checkpoint, sweep, shared)
         for name in names
     }
-    serving = start_serving(sweep, front, pending, digests) if sweep.model_name else {}
+    serving = start_serving(sweep, front, pending, digests) if sweep.register_front else {}
     for name, top1 in pending.items():
         try:
             records[name] = dataclasses.replace(records[name], test_top1=ray.get(top1))
@@ -324,7 +324,7 @@ def finish(
     served, unserved = served_models(serving)
     tested = sorted(records.values(), key=lambda r: r.trial)
     registration = Registration(
-        model=sweep.model_name or sweep.name,
+        model=sweep.model_name,
         sweep=sweep.name,
         front=build_front(tested, sweep.cost),
         served=served,

@@ -115,7 +115,7 @@ trials = 6
 ladder = 2
 alone = 0
 epochs = 1
-registered_model = false
+register_front = false
 storage = "{folder}/results"
 
 [model]
