@@ -139,10 +139,10 @@ def make_served(
         temporary = folder / f".{member.trial}.{os.uname().nodename}.{os.getpid()}"
         _write(temporary, vit, images[:EXAMPLES], measured, metadata)
         difference = onnx_difference(temporary / ONNX, vit, images)
-        note = {"weights": weights, "difference": difference, "digest": directory_digest(temporary)}
+        note = {"weights": weights, "difference": difference, "files": directory_digest(temporary)}
         shutil.rmtree(folder / member.trial, ignore_errors=True)
         os.replace(temporary, folder / member.trial)
-        sealed = json.dumps({**note, "seal": json_digest(note)})
+        sealed = json.dumps({**note, "digest": json_digest(note)})
         replace_file(_note(folder, member.trial), lambda path: path.write_text(sealed))
     return _served(folder, member.trial, note)
 
@@ -157,12 +157,24 @@ def read_served(folder: Path, trial: str, weights: str) -> Served | None:
     """
     try:
         note = json.loads(_note(folder, trial).read_text())
-        if note.pop("seal") != json_digest(note) or note["weights"] != weights:
+        if note.pop("digest") != json_digest(note) or note["weights"] != weights:
             return None
         served = _served(folder, trial, note)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except _DAMAGE:
         return None
     return served if directory_digest(served.directory) == served.digest else None
+
+
+_DAMAGE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
+"""What reading a note raises that is absent, or not what was written."""
 
 
 def measurements(record: TrialRecord) -> dict[str, Any]:
@@ -212,6 +224,6 @@ def _served(folder: Path, trial: str, note: Mapping[str, Any]) -> Served:
     return Served(
         trial=trial,
         directory=folder / trial,
-        digest=str(note["digest"]),
+        digest=str(note["files"]),
         difference=float(note["difference"]),
     )
