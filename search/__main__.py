@@ -1,8 +1,9 @@
-"""`python -m search run | show | report | compare | export`."""
+"""`python -m search run | show | report | compare | export | promote`."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,6 +73,15 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--trial", required=True, help="trial, as the front names it")
     export.add_argument("--out", required=True, type=Path, help="directory to write")
     export.set_defaults(run=_export)
+    promote = verbs.add_parser("promote", help="approve a version of a registered model")
+    promote.add_argument("model", help="registered model, as MLflow names it")
+    promote.add_argument("version", help="number of the version")
+    promote.add_argument(
+        "--tracking",
+        default=os.environ.get("MLFLOW_TRACKING_URI"),
+        help="MLflow tracking URI, or directory of a sweep; MLFLOW_TRACKING_URI if not given",
+    )
+    promote.set_defaults(run=_promote)
     return parser
 
 
@@ -107,6 +117,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     from pruners import PrunableViT
+    from search.served import measurements
     from search.trial_files import check_model
 
     records = {record.trial: record for record in read_trials(args.directory / "trials.parquet")}
@@ -117,19 +128,18 @@ def _export(args: argparse.Namespace) -> None:
         )
     if not record.checkpoint or record.status not in ("finished", "dense"):
         raise ValueError(f"trial {args.trial} is {record.status}; give one that finished")
-    measured = {
-        "trial": record.trial,
-        "plan": record.plan,
-        "val_top1": record.val_top1,
-        "test_top1": record.test_top1,
-        "images_per_s": record.images_per_s,
-        "epochs": record.epochs,
-    }
     check_model(args.directory / record.checkpoint)
-    PrunableViT.load(args.directory / record.checkpoint).save(args.out, measured)
+    PrunableViT.load(args.directory / record.checkpoint).save(args.out, measurements(record))
     test = f", test {record.test_top1:.1f} %" if record.test_top1 is not None else ""
     print(f"wrote {args.out}: validation {record.val_top1:.1f} %{test}; {record.plan_line}")
     print(f'open it with: from pruners import PrunableViT; vit = PrunableViT.load("{args.out}")')
+
+
+def _promote(args: argparse.Namespace) -> None:
+    from search.promote import promote
+
+    for line in promote(args.model, args.version, args.tracking):
+        print(line)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from search.page import interactive, page
 from search.pictures import AXIS, dominated, points
 from search.progress import cost_ratio, top1_text
 from search.results import Front, TrialRecord, cost_of_record
+from search.sweep import alias_of
 
 GREY = "rgba(128, 136, 146, {})"
 """Lines and areas behind the points, on dark and on light paper."""
@@ -85,7 +86,7 @@ def front_figure(
     if budget is not None and front.cost != "latency":
         _mark_range(figure, budget[0] * whole, budget[1] * whole)
     for share in aliases:
-        _mark_budget(figure, share * whole, f"best-under-{100 * share:g}")
+        _mark_budget(figure, share * whole, alias_of(share))
     lay_out(figure, AXIS[front.cost])
     return figure
 

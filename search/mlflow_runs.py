@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import sys
@@ -23,6 +22,7 @@ from search.drawing import write_png
 from search.journal import Journal
 from search.kept import draw_plan
 from search.ledger import METRICS, Event, new_record
+from search.mlflow_client import mlflow_client
 from search.mlflow_views import FRONT, TRIALS, view_address, view_tags
 from search.note import about_sweep
 from search.parent_page import ParentPage
@@ -102,15 +102,10 @@ class SweepRuns:
         Raises:
             SweepError: If there are none yet, and MLflow does not take any.
         """
-        # What goes wrong is said by whoever follows the ledger, in a line.
-        for noisy in ("alembic", "mlflow.store.db.utils"):
-            logging.getLogger(noisy).setLevel(logging.CRITICAL)
-        # Who asks repeats what failed, and looks first whether it was done.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         uri, directory, name = sweep.tracking, sweep.directory, sweep.name
         notes = Journal(directory / RUNS, may_write)
         try:
-            client = MlflowClient(tracking_uri=uri or local_uri(directory))
+            client = mlflow_client(uri or local_uri(directory))
             if noted := notes.read():
                 return cls(client, notes, noted, sweep, dense, earlier)
             experiment = client.get_experiment_by_name(name)

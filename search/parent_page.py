@@ -71,7 +71,8 @@ class ParentPage:
         """Draw the pictures."""
         start = time.monotonic()
         budget = self.sweep.budget
-        html = front_html(front, records, (budget.low, budget.high))
+        aliases = self.sweep.alias_budgets if self.sweep.register_front else ()
+        html = front_html(front, records, (budget.low, budget.high), aliases)
         self.client.log_text(self.parent, html, "front.html")
         for name, figure in gallery(front, records).items():
             self._log(name, figure)

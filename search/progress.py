@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from rich.console import Console
@@ -80,6 +80,11 @@ class Progress:
         """Say why no more plans were tried, where that was not their number."""
         if why and why != f"{self.trials} trials":
             self._say(f"no more plans: {why}")
+
+    def registered(self, lines: Sequence[str]) -> None:
+        """Say what the front is in MLflow's model registry."""
+        for line in lines:
+            self._say(line)
 
     def restart_clock(self) -> None:
         """Estimate the time that is left from here on: trials begin."""

@@ -143,6 +143,7 @@ def write_report(directory: Path, out: Path, pictures: Path | None = None) -> No
         label: draw_units(masks, front.classes)
         for label, masks in masks_by_class(directory).items()
     }
+    aliases = sweep.alias_budgets if sweep.register_front else ()
     text = page(
         _PAGE,
         title=f"sweep {sweep.name}",
@@ -156,7 +157,7 @@ def write_report(directory: Path, out: Path, pictures: Path | None = None) -> No
         rows=[(cells(front, r), r.plan_line) for r in (*front.members, front.dense)],
         confirmed=any(member.spread is not None for member in front.members),
         plot=interactive(
-            front_figure(front, records, (sweep.budget.low, sweep.budget.high)), "560px"
+            front_figure(front, records, (sweep.budget.low, sweep.budget.high), aliases), "560px"
         ),
         pictures={name: still(figure) for name, figure in figures.items()},
         units={label: still(figure) for label, figure in units.items()},

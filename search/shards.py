@@ -191,7 +191,8 @@ def _class_names(schema: pa.Schema, column: str) -> tuple[str, ...]:
         names = features[column]["names"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return _NO_NAMES
-    return tuple(map(str, names)) if isinstance(names, list) else _NO_NAMES
+    named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return tuple(names) if named else _NO_NAMES
 
 
 def _one_line(value: object) -> str:

@@ -17,6 +17,7 @@ from ray import tune
 from pruners import PrunableViT
 from pruners.learned import Learned
 from search.elastic import ElasticStart, tune_elastic
+from search.finish import finish
 from search.identity import identity
 from search.in_order import InOrder
 from search.learning import LearningRun, learn_all
@@ -33,18 +34,15 @@ from search.results import (
     TrialRecord,
     build_front,
     read_front,
-    write_front,
-    write_trials,
 )
 from search.searcher import PlanSearcher
 from search.shards import Shards, find_shards
 from search.shared_trial import HEAD, SharedTrial, ray_folder, worker_bundle
 from search.space import Space
-from search.sweep import Sweep, SweepError, SweepFailedError, SweepInterruptedError
+from search.sweep import Sweep, SweepError, SweepInterruptedError
 from search.sweep_toml import sweep_toml
 from search.tracking import Tracker
 from search.trial import PlanTrial
-from search.trial_data import measure_on_test
 from search.trial_inputs import TrialInputs
 from search.writing import writing_to
 
@@ -100,7 +98,7 @@ def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) ->
                 raise SweepInterruptedError(interrupted_line(sweep, records))
             progress.stopped(searcher.stopped)
             searcher.export_study(sweep.directory / "study.db")
-            return finish(sweep, dense, ledger, tracker)
+            return finish(sweep, dense, digests, ledger, tracker, progress)
 
 
 def earlier_front(sweep: Sweep) -> Front | None:
@@ -275,54 +273,6 @@ def most_trials_at_once(sweep: Sweep) -> int:
             f"{room}; give less, for example --set resources.workers={room}"
         )
     return room // workers
-
-
-def finish(sweep: Sweep, dense: PrunableViT, ledger: Ledger, tracker: Tracker) -> Front:
-    """Measure the front and the dense model on the test split, once, and write everything down.
-
-    Raises:
-        SweepFailedError: If the dense model could not be measured, so that there is no front, or if
-            a model of the front is no longer what its trial left.
-    """
-    records = dict(ledger.records)
-    failed = next(
-        (r for r in records.values() if r.origin == "dense" and r.status != "dense"), None
-    )
-    if failed is not None:
-        raise SweepFailedError(
-            f"the dense model could not be measured: {failed.reason or failed.status}"
-        )
-    front = build_front(list(records.values()), sweep.cost)
-    measure = ray.remote(measure_on_test).options(
-        num_cpus=sweep.resources.cpu, num_gpus=sweep.resources.gpu, max_retries=sweep.max_failures
-    )
-    names = [front.dense.trial, *(member.trial for member in front.members)]
-    shared = ray.put(dense)
-    pending = {
-        name: measure.remote(sweep.directory.resolve() / records[name].checkpoint, sweep, shared)
-        for name in names
-    }
-    for name, top1 in pending.items():
-        try:
-            records[name] = dataclasses.replace(records[name], test_top1=ray.get(top1))
-        except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None) or error
-            raise SweepFailedError(f"trial {name} could not be tested: {cause}") from error
-    ordered = sorted(records.values(), key=lambda r: r.trial)
-    return write_all(sweep, tracker, ordered, ledger.growing.classes)
-
-
-def write_all(
-    sweep: Sweep, tracker: Tracker, records: list[TrialRecord], classes: tuple[str, ...]
-) -> Front:
-    """Write the final records and the front, on disk and in MLflow."""
-    front = build_front(records, sweep.cost, classes)
-    with writing_to(sweep.directory):
-        write_trials(sweep.directory / "trials.parquet", records)
-        write_front(sweep.directory / "front.json", front)
-    tracker.finish(front, records)
-    (sweep.directory / DONE).touch()
-    return front
 
 
 def _name(trial: tune.experiment.Trial) -> str:

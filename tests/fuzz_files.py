@@ -172,7 +172,7 @@ def mlflow_notes(folder: Path) -> Format:
     content = path.read_bytes()
 
     def read() -> object:
-        with patch("search.mlflow_runs.MlflowClient"):
+        with patch("search.mlflow_runs.mlflow_client"):
             return SweepRuns.open(tracked(folder), TINY_SHAPE)
 
     def damage(random: Random) -> bytes:
