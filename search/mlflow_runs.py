@@ -275,6 +275,17 @@ def ui_command(uri: str | None, directory: Path) -> str:
     return f"{program} ui --backend-store-uri {uri or f'sqlite:///{directory}/mlflow.db'}"
 
 
+def page_address(sweep: Sweep) -> str:
+    """Return where MLflow's page shows a sweep that has been logged.
+
+    A database is shown by whoever starts MLflow on it, on the port that it takes by default.
+    """
+    first = Journal(sweep.directory / RUNS).read()[0]
+    here = sweep.tracking is None or not sweep.tracking.startswith("http")
+    server = "http://127.0.0.1:5000" if here else str(sweep.tracking).rstrip("/")
+    return f"{server}/#/experiments/{first['experiment']}/runs/{first['parent']}"
+
+
 def sweep_params(sweep: Sweep) -> dict[str, str]:
     """Return what is searched, as the parent run's parameters."""
     data = sweep.data

@@ -17,6 +17,9 @@ LONGEST = 8000
 PLAN_WIDTHS = (400, 160, 80, 30)
 """Characters of a plan: as many as leave room for all members of the front."""
 
+_SEPARATOR = "\u2002 | "
+"""Between cells: MLflow draws columns without any space between them."""
+
 REASONS = 8
 """Reasons of trials that did not come to their end which are shown; the commonest."""
 
@@ -62,7 +65,8 @@ def _page(
     missing = len(front.members) + 1 - len(rows)
     parts = [
         f"**Front** of validation top-1 against {UNIT[front.cost]}: {front_line(front)}",
-        _front_table(front, rows, links, width),
+        _front_table(front, rows, links),
+        _plans(rows, width),
         f"{missing} more members are in front.json." if missing else "",
         "Artifacts: `front.html` (hover over a point to read its plan), `hypervolume.png`, "
         "`kept.png`, `methods.png`, `classes.png`, `front.json`, `sweep.toml`. "
@@ -75,17 +79,16 @@ def _page(
     return "\n\n".join(part for part in parts if part)
 
 
-def _front_table(
-    front: Front, rows: Sequence[TrialRecord], links: Mapping[str, str], width: int
-) -> str:
+def _front_table(front: Front, rows: Sequence[TrialRecord], links: Mapping[str, str]) -> str:
     lines = [
-        "| trial | val % | test % | epochs | cost | GMACs | effective | params | images/s | plan |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| trial | val % | test % | epochs | cost | GMACs | effective | params | images/s |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for record in rows:
         test = f"{record.test_top1:.1f}" if record.test_top1 is not None else ""
+        name = "dense" if record.origin == "dense" else record.trial
         cells = [
-            _linked(record.name, record.trial, links),
+            _linked(name, record.trial, links),
             top1_text(record),
             test,
             str(record.epochs),
@@ -94,10 +97,17 @@ def _front_table(
             f"{record.effective_gmacs:.4g}",
             f"{record.params:,}",
             f"{record.images_per_s:,.0f}",
-            textwrap.shorten(record.plan_line, width, placeholder=" …"),
         ]
-        lines.append(f"| {' | '.join(map(_cell, cells))} |")
+        lines.append(f"| {_SEPARATOR.join(map(_cell, cells))} |")
     return "\n".join(lines)
+
+
+def _plans(rows: Sequence[TrialRecord], width: int) -> str:
+    return "\n".join(
+        f"- {record.name}: {textwrap.shorten(record.plan_line, width, placeholder=' …')}"
+        for record in rows
+        if record.origin != "dense"
+    )
 
 
 def _ends_table(records: Sequence[TrialRecord], links: Mapping[str, str]) -> str:

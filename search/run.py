@@ -12,7 +12,7 @@ from typing import TextIO
 
 from search.change import change
 from search.check import check
-from search.mlflow_runs import ui_command
+from search.mlflow_runs import page_address, ui_command
 from search.progress import front_table, headline
 from search.results import read_front
 from search.sweep import Sweep
@@ -45,6 +45,7 @@ def run(sweep: Sweep, stream: TextIO) -> int:
     front_table(front, stream)
     print(f"\nEverything is in {sweep.directory}. Open it in MLflow:", file=stream)
     print(f"  {ui_command(sweep.tracking, sweep.directory)}", file=stream)
+    print(f"and look at {page_address(sweep)}", file=stream)
     earlier = earlier_front(sweep)
     if earlier is None:
         return 0

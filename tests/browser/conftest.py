@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, expect, sync_playwright
 
-from tests.cluster.conftest import free_port
+from tests.cluster.conftest import BIN, free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,6 +26,10 @@ SCREENSHOTS = ROOT / "build" / "screenshots"
 
 QUIET = ("disable-gpu", "disable-quic", "no-first-run", "disable-background-networking")
 QUIET += ("disable-component-update", "disable-sync", "no-sandbox")
+
+
+PATIENCE_MS = 60_000
+"""How long a page may take: two cores run all tests."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +74,9 @@ def server(*arguments: str, **variables: str) -> Iterator[str]:
     """Run one of MLflow's servers on a free port until it is no longer needed."""
     port = free_port()
     process = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", *arguments, "--port", str(port)],
+        ["mlflow", *arguments, "--port", str(port)],
         cwd=ROOT,
-        env={**os.environ, **variables},
+        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", **variables},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -119,7 +123,8 @@ def browser_page() -> Iterator[Page]:
             executable_path=program, args=[f"--{flag}" for flag in QUIET]
         )
         page = browser.new_page(viewport={"width": 1600, "height": 1000})
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(PATIENCE_MS)
+        expect.set_options(timeout=PATIENCE_MS)
         yield page
         browser.close()
 

@@ -22,10 +22,14 @@ def test_members_link_to_their_runs() -> None:
     text = note(build_front(records, "effective_gmacs"), records, "sweep a", links)
     assert text.startswith("**Front** of validation top-1 against effective MACs: 0.50x 70.0 %")
     assert text.endswith("\n\nsweep a")
-    first, second, dense = rows_below(text, "| trial |")
-    assert first.startswith("| [0001 grouped 0.50x](#/experiments/7/runs/abc) | 70.0 | 69.0 | 2 |")
-    assert second.startswith("| 0002 grouped 0.70x | 75.0 |  | 2 | 0.70x |")
-    assert dense.startswith("| 0000 ")
+    first, second, dense = (row.replace("\u2002", "") for row in rows_below(text, "| trial |"))
+    assert first.startswith("| [0001](#/experiments/7/runs/abc) | 70.0 | 69.0 | 2 |")
+    assert second.startswith("| 0002 | 75.0 |  | 2 | 0.70x |")
+    assert dense.startswith("| dense ")
+    assert (
+        "- 0001 grouped 0.50x: grouped: neurons -50 %\n- 0002 grouped 0.70x: grouped: neurons -50 %"
+        in text
+    )
 
 
 def test_trials_that_did_not_finish_are_counted_by_their_reason() -> None:
@@ -59,7 +63,8 @@ def test_mlflow_keeps_the_whole_note(members: int, words: int) -> None:
     text = note(build_front(records, "effective_gmacs"), records, "about " * 30, links)
     assert len(text) <= LONGEST
     shown = rows_below(text, "| trial |")
-    assert shown[-1].startswith("| [0000 ")
+    assert shown[-1].startswith("| [dense]")
+    assert text.count("\n- 0") == len(shown) - 1
     assert len(rows_below(text, "| end |")) == 8
     left = members + 1 - len(shown)
     assert (f"{left} more members are in front.json" in text) == (left > 0)

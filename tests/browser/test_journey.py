@@ -1,0 +1,202 @@
+"""A newcomer's way, step by step: from the demo to an approved, served model, in the browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mlflow.tracking import MlflowClient
+from playwright.sync_api import Frame, Page, expect
+
+from pruners import PrunableViT
+from search.mlflow_runs import local_uri
+from search.results import Front, read_front
+from tests.browser.conftest import Demo, keep, python, server
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="session")
+def client(demo: Demo) -> MlflowClient:
+    return MlflowClient(tracking_uri=local_uri(demo.directory))
+
+
+@pytest.fixture(scope="session")
+def front(demo: Demo) -> Front:
+    return read_front(demo.directory / "front.json")
+
+
+def page_of_the_parent(demo: Demo, mlflow_ui: str) -> str:
+    """The address that the sweep has printed, on the server's port."""
+    printed = re.search(r"http://127\.0\.0\.1:5000(/\S+)", demo.said)
+    assert printed, demo.said
+    return mlflow_ui + printed[1]
+
+
+def test_the_sweep_says_how_to_look_at_it(demo: Demo) -> None:
+    command = f"mlflow ui --backend-store-uri sqlite:///{demo.directory}/mlflow.db"
+    assert command in demo.said
+
+
+def test_the_parent_run_reads_like_a_page(
+    demo: Demo, front: Front, mlflow_ui: str, browser_page: Page
+) -> None:
+    page = browser_page
+    page.goto(page_of_the_parent(demo, mlflow_ui))
+    page.get_by_text("Show more").click()
+    note = page.locator("table", has=page.get_by_role("columnheader", name="images/s"))
+    rows = note.locator("tbody tr")
+    expect(rows).to_have_count(len(front.members) + 1)
+    for row, member in zip(rows.all(), front.members, strict=False):
+        expect(row).to_contain_text(f"{member.val_top1:.1f}")
+        expect(page.get_by_text(member.plan_line[:60]).first).to_be_visible()
+    expect(page.get_by_text("search/sample/val.parquet").first).to_be_visible()
+    keep(page, "parent")
+    member = front.members[0]
+    with page.context.expect_page() as opened:  # in a window of its own
+        note.get_by_role("link", name=member.trial).click()
+    child = opened.value
+    expect(child.get_by_role("heading", name=member.name)).to_be_visible()
+    expect(child.get_by_text("effective_gmacs").first).to_be_visible()
+    keep(child, "child")
+    child.get_by_role("tab", name="Artifacts").click()
+    child.get_by_text("plan.png", exact=True).first.click()
+    child.locator("img[src^='blob:']").first.wait_for()
+    keep(child, "plan")
+    child.close()
+
+
+def frame_of(page: Page) -> Frame:
+    """The sandboxed frame in which MLflow shows an artifact."""
+    frame = page.locator("iframe").first
+    assert frame.get_attribute("sandbox") == "allow-scripts"
+    handle = frame.element_handle()
+    assert handle is not None
+    content = handle.content_frame()
+    assert content is not None
+    return content
+
+
+def test_the_plot_is_found_and_says_a_plan(
+    demo: Demo, front: Front, mlflow_ui: str, browser_page: Page
+) -> None:
+    page, asked_for = browser_page, []
+    page.on("request", lambda request: asked_for.append(request.url))
+    page.goto(page_of_the_parent(demo, mlflow_ui))
+    page.get_by_role("tab", name="Artifacts").click()
+    page.get_by_text("front.html", exact=True).first.click()
+    frame = frame_of(page)
+    dominated, members, dense = frame.locator(".scatterlayer .trace").all()
+    for number, member in enumerate(front.members):
+        members.locator(".points path").nth(number).hover(force=True)
+        hover = frame.locator(".hoverlayer .hovertext").first
+        expect(hover).to_contain_text(member.name)
+        expect(hover).to_contain_text("heads")  # the plan, in words
+    keep(page, "front")
+    dense.locator(".points path").hover(force=True)
+    expect(frame.locator(".hoverlayer .hovertext").first).to_contain_text("0000 dense")
+    assert dominated.locator(".points path").count() == 4 - len(front.members)
+    box = page.locator("iframe").first.bounding_box()
+    assert box is not None
+    shown = frame.locator(".main-svg").first.bounding_box()
+    assert shown is not None
+    assert shown["width"] <= box["width"]
+    assert shown["height"] <= box["height"]
+    assert all(url.startswith((mlflow_ui, "blob:", "data:")) for url in asked_for), asked_for
+    for name in ("hypervolume.png", "kept.png", "methods.png", "classes.png"):
+        page.get_by_text(name, exact=True).first.click()
+        page.locator("img[src^='blob:']").first.wait_for()
+        keep(page, name.removesuffix(".png"))
+
+
+def test_runs_are_found_by_a_filter(
+    demo: Demo, front: Front, client: MlflowClient, mlflow_ui: str, browser_page: Page
+) -> None:
+    page = browser_page
+    experiment = client.get_experiment_by_name("sample")
+    assert experiment is not None
+    page.goto(
+        f"{mlflow_ui}/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning"
+    )
+    box = page.get_by_placeholder("metrics.rmse < 1")
+    limit = front.members[-1].gmacs
+    box.fill(f'tags.front = "true" and metrics.gmacs < {limit}')
+    box.press("Enter")
+    fewer = [m for m in front.members if (m.gmacs or 0.0) < (limit or 0.0)]
+    expect(page.get_by_text(f"{len(fewer)} matching run")).to_be_visible()
+    keep(page, "filter")
+    page.get_by_role("button", name="Views").click()
+    page.get_by_text("front", exact=True).last.click()
+    expect(page.get_by_text(f"{len(front.members)} matching run")).to_be_visible()
+    for column in ("val_top1", "cost_ratio"):
+        expect(page.get_by_text(column, exact=True).first).to_be_visible()
+    keep(page, "view")
+
+
+def test_a_version_is_approved(
+    demo: Demo, front: Front, client: MlflowClient, mlflow_ui: str, browser_page: Page
+) -> None:
+    page = browser_page
+    page.goto(f"{mlflow_ui}/#/models/sample?workflowType=machine_learning")
+    expect(page.get_by_text("best-under-50").first).to_be_visible()
+    version = client.get_model_version_by_alias("sample", "best-under-50").version
+    said = python(
+        *("-m", "search", "promote", "sample", str(version), "--tracking", str(demo.directory))
+    )
+    assert f"approved models:/sample/{version}: trial {front.members[0].trial}" in said
+    page.reload()
+    expect(page.get_by_text("approved").first).to_be_visible()
+    keep(page, "model")
+    page.goto(f"{mlflow_ui}/#/models/sample/versions/{version}?workflowType=machine_learning")
+    expect(page.get_by_text("onnxruntime").first).to_be_visible()
+    keep(page, "version")
+
+
+def test_what_was_approved_is_served(demo: Demo, client: MlflowClient) -> None:
+    version = client.get_model_version_by_alias("sample", "approved")
+    trial = version.tags["trial"]
+    model = next((demo.directory / "models" / trial).glob("epoch-*"))
+    vit = PrunableViT.load(model).eval()
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = vit(images)
+    serve = ("models", "serve", "-m", "models:/sample@approved", "--env-manager", "local")
+    with server(*serve, MLFLOW_TRACKING_URI=local_uri(demo.directory)) as address:
+        request = urllib.request.Request(
+            f"{address}/invocations",
+            json.dumps({"inputs": images.tolist()}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            logits = np.asarray(json.load(answer)["predictions"], dtype=np.float32)
+    np.testing.assert_allclose(logits, expected.numpy(), atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_report_is_a_page(
+    scheme: str, demo: Demo, front: Front, browser_page: Page, tmp_path: Path
+) -> None:
+    out = tmp_path / "report.html"
+    python("-m", "search", "report", str(demo.directory), "--out", str(out))
+    page, trouble = browser_page, []
+    page.on("pageerror", lambda error: trouble.append(str(error)))
+    page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
+    page.goto(out.as_uri())
+    page.locator(".scatterlayer .points path").first.wait_for()
+    expect(page.get_by_text(f"{front.hypervolume:.4f}").first).to_be_visible()
+    brightness = sum(
+        map(
+            float,
+            re.findall(r"[\d.]+", page.evaluate("getComputedStyle(document.body).backgroundColor"))[
+                :3
+            ],
+        )
+    )
+    assert (brightness > 384) == (scheme == "light")
+    assert not trouble
+    keep(page, f"report-{scheme}")
