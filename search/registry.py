@@ -104,6 +104,7 @@ class Registration:
                 run_id=run,
                 tags={**tags, "model_id": logged.model_id},
                 description=self._description(member),
+                await_creation_for=0,  # it is there
                 model_id=logged.model_id,
             )
         _link_version(client, version)
