@@ -10,15 +10,19 @@ from pruners import PrunableViT
 from search.ledger import Ledger
 from search.progress import Progress
 from search.registry import Registration
-from search.results import Front, TrialRecord, build_front, write_front, write_trials
+from search.results import (
+    DONE,
+    Front,
+    TrialRecord,
+    build_front,
+    write_front,
+    write_trials,
+)
 from search.serving import served_models, start_serving
 from search.sweep import Sweep, SweepFailedError
 from search.tracking import Tracker
 from search.trial_data import measure_on_test
 from search.writing import writing_to
-
-DONE = "done"
-"""File of a sweep's directory that says that it is finished."""
 
 
 def finish(
@@ -65,7 +69,7 @@ def finish(
     registration = Registration(
         model=sweep.model_name,
         sweep=sweep.name,
-        front=build_front(tested, sweep.cost),
+        front=build_front(tested, sweep.cost, ledger.growing.classes),
         served=served,
         failed=unserved,
         digests=digests,

@@ -22,6 +22,7 @@ from search.mlflow_runs import SweepRuns
 from search.progress import cost_ratio
 from search.results import Front, TrialRecord, cost_of_record
 from search.served import Served
+from search.sweep import alias_of
 
 VERIFIED, REASON, DIFFERENCE = "verified", "reason", "difference"
 """Tags of a version: whether it computes what PyTorch does, why not, how far it is from that."""
@@ -215,11 +216,6 @@ class Registration:
                 "`std` of the model's metadata. `extra_files` opens with `PrunableViT.load`.",
             )
         )
-
-
-def alias_of(budget: float) -> str:
-    """Return the alias of a budget, a share of the dense cost; MLflow takes no dots in it."""
-    return f"best-under-{100.0 * budget:.10g}".replace(".", "-")
 
 
 def find_version(client: MlflowClient, model: str, run: str) -> ModelVersion | None:

@@ -29,7 +29,6 @@ from pruners.checkpoint import SHAPE, WEIGHTS, replace_file
 from pruners.export import OUTPUT, onnx_difference, write_onnx
 from search.digests import directory_digest, file_digest, json_digest
 from search.results import TrialRecord
-from search.shards import class_names
 from search.sweep import Sweep
 from search.trial_data import open_split
 from search.trial_files import check_model
@@ -130,8 +129,8 @@ def make_served(
         "std": list(vit.std or ()),
         "digests": dict(digests),
     }
-    if (names := class_names(split.shards)) is not None:
-        metadata["classes"] = names
+    if names := split.shards.classes:
+        metadata["classes"] = list(names)
     with writing_to(folder):
         folder.mkdir(exist_ok=True)
         for left in folder.glob(f".{member.trial}.*"):  # by a process that was killed

@@ -314,3 +314,8 @@ class Sweep(_Part):
             number = seen[step.method]
             labels.append(step.method if number == 1 else f"{step.method}-{number}")
         return tuple(labels)
+
+
+def alias_of(budget: float) -> str:
+    """Return the alias of a budget, a share of the dense cost; MLflow takes no dots in it."""
+    return f"best-under-{100.0 * budget:.10g}".replace(".", "-")

@@ -17,7 +17,7 @@ from ray import tune
 from pruners import PrunableViT
 from pruners.learned import Learned
 from search.elastic import ElasticStart, tune_elastic
-from search.finish import DONE, finish
+from search.finish import finish
 from search.identity import identity
 from search.in_order import InOrder
 from search.learning import LearningRun, learn_all
@@ -25,16 +25,18 @@ from search.lease import hold
 from search.ledger import Ledger
 from search.mlflow_runs import SweepRuns
 from search.moasha import MoAsha
+from search.node_memory import full_nodes_end_actors_only
 from search.progress import Progress, front_line
 from search.recorder import Recorder
 from search.results import (
+    DONE,
     Front,
     TrialRecord,
     build_front,
     read_front,
 )
 from search.searcher import PlanSearcher
-from search.shards import find_shards
+from search.shards import Shards, find_shards
 from search.shared_trial import HEAD, SharedTrial, ray_folder, worker_bundle
 from search.space import Space
 from search.sweep import Sweep, SweepError, SweepInterruptedError
@@ -71,13 +73,12 @@ def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) ->
     prepare_directory(sweep)
     with hold(sweep.directory, partial(print, file=stream, flush=True)) as lease:
         ledger = Ledger(sweep, may_write=lease.check)
-        toml = sweep_toml(sweep)
-        runs = SweepRuns.open(
-            sweep.tracking, sweep.directory, sweep.name, toml, lease.check, earlier
-        )
+        runs = SweepRuns.open(sweep, dense.shape(), lease.check, earlier)
         ledger.begin()
         digests = identity(sweep, dense)
         ledger.identify(digests)
+        val = val_shards(sweep)
+        ledger.add_once("classes", names=list(val.classes))
         with closing(Tracker(runs, ledger.journal)) as tracker:
             progress = Progress(stream, trials=sweep.trials, epochs=sweep.epochs)
             space = with_learned(sweep, dense, space, ledger, progress)
@@ -90,9 +91,7 @@ def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) ->
                 identity=digests,
             )
             known = [member.parameters for member in earlier.members] if earlier else []
-            searcher = PlanSearcher(
-                sweep, space, ledger, earlier=known, val_images=val_images(sweep)
-            )
+            searcher = PlanSearcher(sweep, space, ledger, earlier=known, val_images=val.rows)
             run_trials(inputs, searcher, Recorder(ledger, tracker, progress, searcher), concurrent)
             records = list(ledger.records.values())
             if not searcher.finished or any(r.status == "running" for r in records):
@@ -116,10 +115,10 @@ def earlier_front(sweep: Sweep) -> Front | None:
         raise SweepError(f"start_from: {error}") from error
 
 
-def val_images(sweep: Sweep) -> int:
-    """Return the number of validation images."""
+def val_shards(sweep: Sweep) -> Shards:
+    """Find the files of the validation images."""
     data = sweep.data
-    return find_shards(data.val, data.image_column, data.label_column).rows
+    return find_shards(data.val, data.image_column, data.label_column)
 
 
 def interrupted_line(sweep: Sweep, records: list[TrialRecord]) -> str:
@@ -225,23 +224,24 @@ def run_trials(
     trainable = PlanTrial if sweep.resources.workers == 1 else SharedTrial
     os.environ |= RAY_SETTINGS
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the recorder says what failed
-    tune.run(
-        tune.with_parameters(trainable, inputs=inputs),
-        name=ray_folder(sweep),
-        storage_path=str(sweep.directory.resolve()),
-        search_alg=searcher,
-        scheduler=scheduler,
-        num_samples=-1,  # the searcher says when there are no more
-        max_concurrent_trials=concurrent,
-        resources_per_trial=tune.PlacementGroupFactory([bundle(sweep)]),
-        reuse_actors=True,
-        callbacks=[recorder],
-        max_failures=0,  # search.retries decides
-        raise_on_failed_trial=False,
-        trial_name_creator=_name,
-        trial_dirname_creator=_name,
-        verbose=0,
-    )
+    with full_nodes_end_actors_only():
+        tune.run(
+            tune.with_parameters(trainable, inputs=inputs),
+            name=ray_folder(sweep),
+            storage_path=str(sweep.directory.resolve()),
+            search_alg=searcher,
+            scheduler=scheduler,
+            num_samples=-1,  # the searcher says when there are no more
+            max_concurrent_trials=concurrent,
+            resources_per_trial=tune.PlacementGroupFactory([bundle(sweep)]),
+            reuse_actors=True,
+            callbacks=[recorder],
+            max_failures=0,  # search.retries decides
+            raise_on_failed_trial=False,
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
+            verbose=0,
+        )
     shutil.rmtree(sweep.directory / ray_folder(sweep), ignore_errors=True)
 
 

@@ -17,12 +17,13 @@ from search import tracking
 from search.digests import directory_digest
 from search.journal import Journal
 from search.mlflow_runs import SweepRuns
-from search.registry import Registration, alias_of
+from search.registry import Registration
 from search.results import TrialRecord, build_front
 from search.served import Served
+from search.sweep import alias_of
 from search.tracking import Tracker
 from tests.search import test_results
-from tests.search.test_mlflow_runs import SHAPE, asked, log
+from tests.search.test_mlflow_runs import SHAPE, TINY_SHAPE, asked, log, tracked
 from tests.search.test_results import record
 from tests.search.test_tracking import flaky
 
@@ -73,7 +74,7 @@ class Sweep:
 
     def opened(self) -> SweepRuns:
         """As a driver that starts, or starts again."""
-        return SweepRuns.open(self.world.uri, self.directory, self.name, "")
+        return SweepRuns.open(tracked(self.directory, self.world.uri), TINY_SHAPE)
 
     def registration(self) -> Registration:
         given: dict[str, Any] = {"digests": DIGESTS, "budgets": (0.25, 0.5, 0.75), "failed": {}}

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from search.shards import class_names, find_shards
+from search.shards import find_shards
 from tests.conftest import labelled, write_images
 
 
@@ -25,9 +25,9 @@ def features(names: Any) -> dict[str, Any]:
 
 def test_classes_have_the_names_that_hugging_face_wrote(tmp_path: Path) -> None:
     path = write_images(tmp_path / "a.parquet", *labelled(4, 0))
-    assert class_names(find_shards(str(path))) is None
+    assert find_shards(str(path)).classes == ()
     write_classes(path, features(["cat", "dog", "é"]))
-    assert class_names(find_shards(str(path))) == ["cat", "dog", "é"]
+    assert find_shards(str(path)).classes == ("cat", "dog", "é")
     assert find_shards(str(path)).rows == 4
 
 
@@ -46,4 +46,4 @@ def test_classes_have_the_names_that_hugging_face_wrote(tmp_path: Path) -> None:
 def test_other_metadata_name_no_classes(metadata: Any, tmp_path: Path) -> None:
     path = write_images(tmp_path / "a.parquet", *labelled(4, 0))
     write_classes(path, metadata)
-    assert class_names(find_shards(str(path))) is None
+    assert find_shards(str(path)).classes == ()
