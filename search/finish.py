@@ -76,7 +76,12 @@ def finish(
         budgets=sweep.alias_budgets,
     )
     write_all(sweep, tracker, tested, registration)
-    progress.registered(registration.lines())
+    lines = registration.lines()
+    if registration.versions:
+        where = sweep.tracking or sweep.directory
+        promote = f"python -m search promote {sweep.model_name} VERSION --tracking {where}"
+        lines.append(f"approve one of them: {promote}")
+    progress.registered(lines)
     return registration.front
 
 

@@ -14,7 +14,7 @@ from mlflow.tracking import MlflowClient
 from search.digests import directory_digest
 from search.mlflow_client import mlflow_client
 from search.mlflow_runs import first_line, local_uri
-from search.registry import DIGEST, VERIFIED
+from search.registry import DIGEST, REASON, VERIFIED
 from search.sweep import PASSWORD
 
 APPROVED = "approved"
@@ -95,7 +95,7 @@ def _check(client: MlflowClient, version: ModelVersion, uri: str, name: str) -> 
             f"{tags['sweep']}; give a member of the front"
         )
     if tags.get(VERIFIED) != "true":
-        raise ValueError(f"{name} is not verified: {tags.get('reason')}; give one that is")
+        raise ValueError(f"{name} is not verified: {tags.get(REASON)}; give one that is")
     with tempfile.TemporaryDirectory() as folder:
         here = mlflow.artifacts.download_artifacts(
             artifact_uri=version.source, dst_path=folder, tracking_uri=uri

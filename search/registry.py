@@ -24,10 +24,11 @@ from search.results import Front, TrialRecord, cost_of_record
 from search.served import Served
 from search.sweep import alias_of
 
-VERIFIED, DIGEST, DIFFERENCE = "verified", "digest", "difference"
-"""Tags of a version: whether it computes what PyTorch does, the SHA-256 of its files, and by how
-much it is off.
-"""
+VERIFIED, REASON, DIFFERENCE = "verified", "reason", "difference"
+"""Tags of a version: whether it computes what PyTorch does, why not, how far it is from that."""
+
+DIGEST = "digest"
+"""Tag of a version: the SHA-256 of its files, as they were verified."""
 
 VAL_DIGEST = "data.val"
 """Tag of a version: the SHA-256 of the validation images, as the ledger has it."""
@@ -61,7 +62,7 @@ class Registration:
     failed: Mapping[str, str]
     digests: Mapping[str, str]
     budgets: tuple[float, ...]
-    versions: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, ModelVersion] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
 
     def steps(self) -> list[Callable[[SweepRuns], None]]:
@@ -75,12 +76,13 @@ class Registration:
     def lines(self) -> list[str]:
         """Return what was registered, in lines for a person."""
         lines = [f"trial {trial} is not registered: {why}" for trial, why in self.failed.items()]
-        for trial, version in self.versions.items():
-            if reason := self.served[trial].reason:
-                lines.append(f"version {version} (trial {trial}) is not verified: {reason}")
-        if self.versions:
+        numbers = {trial: version.version for trial, version in self.versions.items()}
+        for trial, number in numbers.items():
+            if reason := self.versions[trial].tags[REASON]:
+                lines.append(f"version {number} (trial {trial}) is not verified: {reason}")
+        if numbers:
             named = "".join(f"; {alias} is {version}" for alias, version in self.aliases.items())
-            trials = ", ".join(f"{version} ({trial})" for trial, version in self.versions.items())
+            trials = ", ".join(f"{number} ({trial})" for trial, number in numbers.items())
             lines.append(f"registered as versions of {self.model}: {trials}{named}")
         return lines
 
@@ -105,10 +107,11 @@ class Registration:
                 run_id=run,
                 tags={**tags, "model_id": logged.model_id},
                 description=self._description(member),
+                await_creation_for=0,  # it is there
                 model_id=logged.model_id,
             )
         _link_version(client, version)
-        self.versions[member.trial] = str(version.version)
+        self.versions[member.trial] = version
 
     def _point(self, runs: SweepRuns) -> None:
         """Let `best-under-<budget>` name the most accurate version within each budget.
@@ -130,16 +133,16 @@ class Registration:
                 if self._stays(holder.tags, best, budget):
                     self.aliases[alias] = str(holder.version)
                     continue
-            self.aliases[alias] = self.versions[best.trial]
-            client.set_registered_model_alias(self.model, alias, self.versions[best.trial])
+            self.aliases[alias] = str(self.versions[best.trial].version)
+            client.set_registered_model_alias(self.model, alias, self.aliases[alias])
 
     def best_under(self, budget: float) -> TrialRecord | None:
         """Return the most accurate verified member that costs at most this share."""
         within = [
             member
             for member in self.front.members
-            if member.trial in self.served
-            and self.served[member.trial].verified
+            if member.trial in self.versions
+            and self.versions[member.trial].tags[VERIFIED] == "true"
             and cost_ratio(self.front, member) <= budget
         ]
         return max(within, key=lambda member: member.val_top1 or 0.0, default=None)
@@ -182,7 +185,7 @@ class Registration:
             **self.digests,
             "plan": member.plan_line,
             VERIFIED: "true" if served.verified else "false",
-            "reason": served.reason,
+            REASON: served.reason,
             DIGEST: served.digest,
         }
 

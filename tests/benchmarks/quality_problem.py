@@ -91,6 +91,7 @@ class Settings:
             f"epochs={TUNE_EPOCHS}",
             "finetune.lr=2e-4",
             "concurrency=1",
+            "register_front=false",
         ]
         return load_sweep(ROOT / "search" / "sweeps" / "sample.toml", [*sets, *overrides])
 

@@ -6,7 +6,10 @@ import os
 import signal
 
 import pytest
+from mlflow.tracking import MlflowClient
 
+from search.mlflow_runs import local_uri
+from search.results import read_front
 from tests.chaos.faults import Faulty, until
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
@@ -26,6 +29,24 @@ def test_a_driver_that_is_killed_again_and_again_changes_nothing(faulty: Faulty)
     assert len(faulty.events("killed-drivers", "began")) == 4
     faulty.same("killed-drivers", "long")
     assert not list(faulty.directory("killed-drivers").glob("ray-*"))  # nothing pickled is left
+
+
+def test_a_driver_that_is_killed_while_it_registers_registers_once(faulty: Faulty) -> None:
+    name, sets = "registering", ["trials=4", "data.batch_size=16", "register_front=true"]
+    directory = faulty.directory(name)
+    for sign in ("served", "mlartifacts/models"):  # while it exports, and while it uploads
+        driver = faulty.start(name, *sets)
+        until(lambda sign=sign: (directory / sign).exists(), 150)
+        driver.send_signal(signal.SIGKILL)
+        driver.communicate()
+    faulty.run(name, *sets)
+    client = MlflowClient(local_uri(directory))
+    members = [member.trial for member in read_front(directory / "front.json").members]
+    versions = client.search_model_versions(f"name = '{name}'")
+    assert sorted(version.tags["trial"] for version in versions) == sorted(members)
+    experiment = client.get_experiment_by_name(name).experiment_id
+    models = client.search_logged_models([experiment])
+    assert sorted((m.name, m.status) for m in models) == [(t, "READY") for t in sorted(members)]
 
 
 def test_a_job_that_is_stopped_goes_on(faulty: Faulty) -> None:

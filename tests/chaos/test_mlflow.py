@@ -16,7 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from mlflow.tracking import MlflowClient
 
+from search.results import read_front
 from tests.chaos.faults import Faulty, environment, until
 from tests.cluster.conftest import free_port
 
@@ -95,7 +97,7 @@ def test_trials_go_on_without_mlflow_and_everything_is_logged_once_in_order(
         faulty, environment={**faulty.environment, "MLFLOW_TRACKING_URI": server.uri}
     )
     name = "mlflow"
-    driver = one.start(name, f'tracking="{server.uri}"')
+    driver = one.start(name, f'tracking="{server.uri}"', "register_front=true")
     until(lambda: one.lines(name) >= 4, 150)
 
     server.signal(signal.SIGSTOP)  # slow: it takes requests and does not answer
@@ -115,3 +117,7 @@ def test_trials_go_on_without_mlflow_and_everything_is_logged_once_in_order(
     said = one.finish(driver)
     assert "MLflow lags behind, trials go on: " in said
     one.same(name, "whole")
+    versions = MlflowClient(server.uri).search_model_versions(f"name = '{name}'")
+    members = read_front(one.directory(name) / "front.json").members
+    assert sorted(v.tags["trial"] for v in versions) == sorted(m.trial for m in members)
+    assert all(v.tags["verified"] == "true" for v in versions)

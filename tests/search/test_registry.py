@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,8 @@ def test_each_member_is_a_version_that_says_what_it_is(world: World) -> None:
     sweep = world.sweep(*THREE)
     registration = sweep.register()
     sweep.check()
-    assert registration.versions == {"0001": "1", "0002": "2", "0003": "3"}
+    numbers = {trial: str(version.version) for trial, version in registration.versions.items()}
+    assert numbers == {"0001": "1", "0002": "2", "0003": "3"}
     version = world.client.get_model_version(sweep.name, "2")
     served = sweep.served["0002"]
     assert version.tags == {
@@ -168,7 +170,7 @@ def test_registering_again_changes_nothing(world: World) -> None:
     sweep.runs = sweep.opened()
     sweep.runs.client.log_model_artifact = lambda *args: uploads.append(args)  # type: ignore[method-assign]
     again = sweep.register()
-    assert (again.versions, again.aliases) == (first.versions, first.aliases)
+    assert again.lines() == first.lines()
     assert uploads == []
     sweep.check()
 
@@ -351,4 +353,18 @@ def test_an_alias_of_somebody_elses_version_moves(world: World) -> None:
     world.client.create_model_version(sweep.name, source, tags={"val_top1": "good"})
     world.client.set_registered_model_alias(sweep.name, "best-under-50", "1")
     sweep.register()
+    assert sweep.aliases() == {"best-under-50": (sweep.name, "0001")}
+
+
+def test_a_version_that_is_there_stays_what_it_is_though_its_model_was_made_again(
+    world: World,
+) -> None:
+    """The driver died, and what it was to register has been removed since."""
+    sweep = world.sweep((0.2, 50.0), (0.45, 60.0), budgets=(0.5,))
+    unverified(sweep, "0002")
+    sweep.register()
+    shutil.rmtree(sweep.directory / "served")
+    sweep.served = {member.trial: sweep.model(member) for member in sweep.members}
+    sweep.register()
+    sweep.check()
     assert sweep.aliases() == {"best-under-50": (sweep.name, "0001")}
