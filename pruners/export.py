@@ -90,10 +90,15 @@ def onnx_difference(path: str | Path, vit: PrunableViT, images: Tensor) -> float
     Raises:
         ImportError: If onnxruntime is missing.
     """
+    return float(logit_differences(path, vit, images).max())
+
+
+def logit_differences(path: str | Path, vit: PrunableViT, images: Tensor) -> Tensor:
+    """Return, for each image [B], what `onnx_difference` returns for all."""
     (logits,) = onnx_call(path, images)()
     with torch.no_grad():
         expected = vit(images).cpu()
-    return float((torch.from_numpy(logits) - expected).abs().max())
+    return (torch.from_numpy(logits) - expected).abs().amax(dim=1)
 
 
 def onnx_call(path: str | Path, images: Tensor) -> Callable[[], list[Any]]:
