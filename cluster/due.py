@@ -263,6 +263,8 @@ class _Call:
             )
         refuse_what_stays_behind(sweep)  # now: what is refused later is claimed already
         own.append(f"tracking={_toml(uri)}")
+        if sweep.registered_model is None:  # the versions of all slots belong together
+            own.append(f"registered_model={_toml(schedule.name)}")
         if schedule.start_from_last and (last := self.slots.last_finished(schedule)):
             own.append(f"start_from={_toml(str(Path(sweep.storage) / last))}")
         return [*schedule.overrides, *own]

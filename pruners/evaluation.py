@@ -24,12 +24,14 @@ class Evaluation:
         images: Number of images.
         images_per_s: Median over full batches, the first one left out as warm-up where there are
             several; the forward pass only.
+        by_class: Top-1 of each class, in percent; None for a class without images.
     """
 
     top1: float
     loss: float
     images: int
     images_per_s: float
+    by_class: tuple[float | None, ...] = ()
 
 
 @torch.inference_mode()
@@ -42,7 +44,8 @@ def evaluate(vit: PrunableViT, batches: Batches) -> Evaluation:
     was_training = vit.training
     vit.eval()
     device = next(vit.parameters()).device
-    correct, loss, images_seen = 0, 0.0, 0
+    loss, images_seen = 0.0, 0
+    counts: list[Tensor] = []  # [2, classes]: correct answers, images
     timings: list[tuple[int, float]] = []
     for images, labels in batches:
         images, labels = images.to(device), labels.to(device)
@@ -50,17 +53,22 @@ def evaluate(vit: PrunableViT, batches: Batches) -> Evaluation:
         logits = vit(images)
         _wait(device)
         timings.append((len(labels), time.perf_counter() - start))
-        correct += int((logits.argmax(dim=1) == labels).sum())
+        counts.append(_counts(logits, labels).cpu())
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
         images_seen += len(labels)
     vit.train(was_training)
     if images_seen == 0:
         raise ValueError("there are no images to evaluate on; give a set with at least one")
+    correct, total = torch.stack(counts).sum(0)
     return Evaluation(
-        top1=100.0 * correct / images_seen,
+        top1=100.0 * int(correct.sum()) / images_seen,
         loss=loss / images_seen,
         images=images_seen,
         images_per_s=images_per_second(timings),
+        by_class=tuple(
+            100.0 * hits / count if count else None
+            for hits, count in zip(correct.tolist(), total.tolist(), strict=True)
+        ),
     )
 
 
@@ -93,6 +101,13 @@ def images_per_second(timings: list[tuple[int, float]]) -> float:
     largest = max(count for count, _ in timings)
     rates = [count / seconds for count, seconds in timings if count == largest]
     return statistics.median(rates[1:] or rates)
+
+
+def _counts(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return how often each class is given and found, [2, classes]: found first."""
+    classes = logits.shape[1]
+    found = labels[logits.argmax(dim=1) == labels]
+    return torch.stack([torch.bincount(x, minlength=classes) for x in (found, labels)])
 
 
 def _wait(device: torch.device) -> None:

@@ -27,6 +27,8 @@ INPUT, OUTPUT = "images", "logits"
 MOST_BYTES = 2**31
 """What a protobuf, and so an ONNX file without others beside it, holds at most."""
 
+_STACK_TRACE = "pkg.torch.onnx.stack_trace"  # names the paths of this machine, node by node
+
 
 def export_program(vit: PrunableViT) -> ExportedProgram:
     """Return the model as a program of `torch.export`, for any number of images."""
@@ -72,6 +74,8 @@ def write_onnx(vit: PrunableViT, path: str | Path) -> None:
         verbose=False,
     )
     assert exported is not None
+    for node in exported.model.graph.all_nodes():
+        node.metadata_props.pop(_STACK_TRACE, None)
     statistics = {"mean": vit.mean, "std": vit.std}
     exported.model.metadata_props.update(
         {key: json.dumps(values) for key, values in statistics.items() if values is not None}

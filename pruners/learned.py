@@ -37,17 +37,21 @@ class Learned:
         scores: Site -> margins of its units: how far each lies above the site's learned threshold.
         weights: The model's tensors as they were trained together with the scores; empty where the
             method trains none, or where they are not kept.
+        by_class: Site -> how much each class needs each unit, [classes, units], where the method
+            learns that.
         report: Figures of the run, by name; `seconds` is always there.
     """
 
     scores: Scores
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+    by_class: Mapping[str, Tensor] = field(default_factory=dict)
     report: Mapping[str, float] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, under a temporary name first."""
         tensors = {f"scores.{site}": t for site, t in self.scores.items()}
         tensors |= {f"weights.{name}": t for name, t in self.weights.items()}
+        tensors |= {f"by_class.{site}": t for site, t in self.by_class.items()}
         tensors = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
         metadata = {"report": json.dumps(dict(self.report))}
         write_tensors(path, tensors, metadata)
@@ -59,7 +63,7 @@ class Learned:
         Raises:
             ValueError: If it is no such file.
         """
-        found: dict[str, dict[str, Tensor]] = {"scores": {}, "weights": {}}
+        found: dict[str, dict[str, Tensor]] = {"scores": {}, "weights": {}, "by_class": {}}
         try:
             with safe_open(path, framework="pt") as file:
                 report = {key: float(v) for key, v in json.loads(file.metadata()["report"]).items()}
@@ -77,7 +81,13 @@ class Learned:
                     f"{path}: scores of {site!r} are {scores.dtype} of shape "
                     f"{tuple(scores.shape)}; give floats, per unit or per weight"
                 )
-        return cls(scores=found["scores"], weights=found["weights"], report=report)
+        for site, masks in found["by_class"].items():
+            if not masks.is_floating_point() or masks.dim() != 2:
+                raise ValueError(
+                    f"{path}: by_class of {site!r} is {masks.dtype} of shape "
+                    f"{tuple(masks.shape)}; give floats, [classes, units]"
+                )
+        return cls(**found, report=report)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +174,7 @@ class LearnedPruner(UnitPruner, abc.ABC):
         return Learned(
             scores={site: s.detach().float().cpu() for site, s in learned.scores.items()},
             weights=learned.weights if self.keep_weights else {},
+            by_class=learned.by_class,
             report={**learned.report, "seconds": seconds},
         )
 

@@ -1,8 +1,9 @@
-"""`python -m search run | show | export`."""
+"""`python -m search run | show | report | compare | export | promote`."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,11 +59,29 @@ def _parser() -> argparse.ArgumentParser:
     show = verbs.add_parser("show", help="print the front of a sweep again")
     show.add_argument("directory", type=Path, help="directory of the sweep")
     show.set_defaults(run=_show)
+    report = verbs.add_parser("report", help="write a sweep as one page")
+    report.add_argument("directory", type=Path, help="directory of the sweep")
+    report.add_argument("--out", required=True, type=Path, help="page to write, report.html")
+    report.add_argument("--pictures", type=Path, help="folder for its pictures as PNG files")
+    report.set_defaults(run=_report)
+    compare = verbs.add_parser("compare", help="compare the fronts of sweeps of one model")
+    compare.add_argument("directories", nargs="+", type=Path, help="directories of the sweeps")
+    compare.add_argument("--out", type=Path, help="page to write, compare.html")
+    compare.set_defaults(run=_compare)
     export = verbs.add_parser("export", help="write a trial's model in all formats")
     export.add_argument("directory", type=Path, help="directory of the sweep")
     export.add_argument("--trial", required=True, help="trial, as the front names it")
     export.add_argument("--out", required=True, type=Path, help="directory to write")
     export.set_defaults(run=_export)
+    promote = verbs.add_parser("promote", help="approve a version of a registered model")
+    promote.add_argument("model", help="registered model, as MLflow names it")
+    promote.add_argument("version", help="number of the version")
+    promote.add_argument(
+        "--tracking",
+        default=os.environ.get("MLFLOW_TRACKING_URI"),
+        help="MLflow tracking URI, or directory of a sweep; MLFLOW_TRACKING_URI if not given",
+    )
+    promote.set_defaults(run=_promote)
     return parser
 
 
@@ -79,10 +98,34 @@ def _show(args: argparse.Namespace) -> None:
     front_table(read_front(args.directory / "front.json"), sys.stdout)
 
 
+def _report(args: argparse.Namespace) -> None:
+    from search.report import write_report
+
+    write_report(args.directory, args.out, args.pictures)
+    print(f"wrote {args.out}")
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from search.compare import print_comparison, read_fronts, write_comparison
+
+    fronts = read_fronts(args.directories)
+    print_comparison(fronts, sys.stdout)
+    if args.out is not None:
+        write_comparison(fronts, args.out)
+        print(f"wrote {args.out}")
+
+
 def _export(args: argparse.Namespace) -> None:
     from search.export import export_trial
 
     export_trial(args.directory, args.trial, args.out, sys.stdout)
+
+
+def _promote(args: argparse.Namespace) -> None:
+    from search.promote import promote
+
+    for line in promote(args.model, args.version, args.tracking):
+        print(line)
 
 
 if __name__ == "__main__":

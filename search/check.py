@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -31,21 +29,22 @@ def _check_labels(sweep: Sweep, split: str, classes: int) -> None:
     data, key = sweep.data, f"data.{split}"
     try:
         shards = find_shards(getattr(data, split), data.image_column, data.label_column)
-        named, low, high = label_range(shards)
+        low, high = label_range(shards)
     except (ValueError, FileNotFoundError) as error:
         raise SweepError(f"{key}: {error}") from error
     if low < 0:
         raise SweepError(f"{key} has the label {low}; give labels from 0 to {classes - 1}")
-    found = named if named is not None else high + 1
-    if found > classes or (named is not None and named != classes):
+    named = len(shards.classes)
+    found = named or high + 1
+    if found > classes or (named and named != classes):
         raise SweepError(
             f"{key} has {found} classes and the model's head has {classes}; "
             "give data and weights of the same classes"
         )
 
 
-def label_range(shards: Shards) -> tuple[int | None, int, int]:
-    """Return how many classes the schema names (None if it does not say), and the labels' range.
+def label_range(shards: Shards) -> tuple[int, int]:
+    """Return the lowest and the highest label.
 
     The row groups' statistics would say it sooner, but where they are damaged, reading them ends
     the process.
@@ -53,11 +52,10 @@ def label_range(shards: Shards) -> tuple[int | None, int, int]:
     Raises:
         ValueError: If labels are absent, or a file is damaged.
     """
-    named, lows, highs = None, [], []
+    lows, highs = [], []
     for path in shards.paths:
         with naming(path), shards.filesystem.open_input_file(path) as source:
             file = pq.ParquetFile(source, pre_buffer=True)
-            named = named or _named_classes(file, shards.label_column)
             labels = file.read(columns=[shards.label_column]).column(0)
         if labels.null_count:
             raise ValueError(
@@ -68,15 +66,4 @@ def label_range(shards: Shards) -> tuple[int | None, int, int]:
             low, high = (pc.min_max(labels)[end].as_py() for end in ("min", "max"))
             lows.append(low)
             highs.append(high)
-    return named, min(lows), max(highs)
-
-
-def _named_classes(file: pq.ParquetFile, column: str) -> int | None:
-    """Number of class names in the Hugging Face metadata of a file, if it has them."""
-    metadata = file.schema_arrow.metadata or {}
-    try:
-        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
-        names = features[column]["names"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-    return len(names) if isinstance(names, list) else None
+    return min(lows), max(highs)

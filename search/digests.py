@@ -27,3 +27,9 @@ def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
     """Return the digest of named tensors, wherever they lie."""
     whole = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
     return hashlib.sha256(save(whole)).hexdigest()
+
+
+def directory_digest(path: Path) -> str:
+    """Return the digest of all files below a directory, names included."""
+    files = (file for file in path.rglob("*") if file.is_file())
+    return json_digest({file.relative_to(path).as_posix(): file_digest(file) for file in files})

@@ -21,6 +21,7 @@ from pruners.plain_timm import WEIGHTS as TIMM_WEIGHTS
 from pruners.semi_structured import is_two_of_four, semi_structured_layers
 from search.export_speed import Speed, measure_speed
 from search.results import TrialRecord, read_trials
+from search.served import measurements
 from search.sweep_file import load_sweep
 from search.trial_data import open_split
 from search.trial_files import check_model
@@ -155,7 +156,7 @@ def _write(
     folder: Path, record: TrialRecord, models: tuple[PrunableViT, PrunableViT], images: Tensor
 ) -> Written:
     vit, dense = models
-    vit.save(folder, _of_the_trial(record))
+    vit.save(folder, measurements(record))
     write_program(vit, folder / PROGRAM)
     write_onnx(vit, folder / ONNX)
     differences = logit_differences(folder / ONNX, vit, images)
@@ -203,11 +204,6 @@ def _semi_structured(vit: PrunableViT) -> dict[str, dict[str, str]]:
         site: {backend: reason or "taken" for backend, reason in reasons.items()}
         for site, reasons in semi_structured_layers(vit).items()
     }
-
-
-def _of_the_trial(record: TrialRecord) -> dict[str, Any]:
-    keys = ("trial", "plan", "val_top1", "test_top1", "images_per_s", "epochs")
-    return {key: getattr(record, key) for key in keys}
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

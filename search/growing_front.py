@@ -13,6 +13,7 @@ class GrowingFront:
     they came to, since their means decide.
 
     Attributes:
+        classes: Names of the classes; empty if they have none.
         dense: The dense model's record; None until it is measured.
         front: As `build_front` returns it for all records; None until then too.
     """
@@ -24,6 +25,7 @@ class GrowingFront:
             cost: What accuracy is traded against.
         """
         self.cost = cost
+        self.classes: tuple[str, ...] = ()
         self.front: Front | None = None
         self.dense: TrialRecord | None = None
         self._points: dict[str, TrialRecord] = {}
@@ -44,7 +46,7 @@ class GrowingFront:
         if self.dense is None:
             return
         ordered = [self._points[trial] for trial in sorted(self._points)]  # for equal points
-        self.front = build_front([self.dense, *ordered], self.cost)
+        self.front = build_front([self.dense, *ordered], self.cost, self.classes)
         kept = {member.trial for member in self.front.members}
         for record in ordered:
             if record.origin in ("confirm", "final"):

@@ -30,9 +30,10 @@ LEDGER = "ledger.jsonl"
 """File of a sweep's directory that holds its events.
 
 Each has its kind as `event` and milliseconds since 1970 as `time`. `began`: a driver starts or
-continues the sweep. `identity`: digests of its model and images. `learned`, `elastic`: what came
-before the trials. `asked`: a trial's configuration. `epoch`: its result after one. `ended`: its
-last status, and the front's hypervolume. `stopped`: why no more plans are asked for.
+continues the sweep. `identity`: digests of its model and images. `classes`: their names. `learned`,
+`elastic`: what came before the trials. `asked`: a trial's configuration. `epoch`: its result after
+one. `ended`: its last status, and the front's hypervolume. `stopped`: why no more plans are asked
+for.
 """
 
 Event = dict[str, Any]
@@ -52,7 +53,7 @@ METRICS = (
 )
 """Keys of a trial's result that are metrics."""
 
-RESULT = (*METRICS, "trial", "epoch", "status", "reason", "shape")
+RESULT = (*METRICS, "trial", "epoch", "status", "reason", "shape", "by_class")
 """Keys of a trial's result that are kept; Ray adds its own."""
 
 
@@ -69,6 +70,7 @@ class Ledger:
         records: Trial -> record.
         growing: The front.
         ended: Trials that have ended.
+        spent: Epochs of fine-tuning, of all trials.
     """
 
     def __init__(
@@ -91,7 +93,7 @@ class Ledger:
         self.journal = Journal(sweep.directory / LEDGER, may_write)
         self.records: dict[str, TrialRecord] = {}
         self.growing = GrowingFront(sweep.cost)
-        self.ended = 0
+        self.ended = self.spent = 0
         self.past = self.journal.read()
         try:
             self.seconds = _active_ms(self.past) / 1000.0
@@ -168,12 +170,17 @@ class Ledger:
         elif event["event"] == "epoch":
             result = event["result"]
             self.records[result["trial"]] = with_result(self.records[result["trial"]], result)
+            self.spent += result["epoch"] > 0  # 0 comes before any fine-tuning
         elif event["event"] == "ended":
             self._end(self.records[event["trial"]], event["status"], event["reason"])
+        elif event["event"] == "classes":
+            self.growing.classes = tuple(event["names"])
 
     def _end(self, record: TrialRecord, status: str, reason: str) -> None:
         model = "" if status == "failed" else model_path(record.trial, record.epochs)
-        record = dataclasses.replace(record, status=status, reason=reason, checkpoint=model)
+        record = dataclasses.replace(
+            record, status=status, reason=reason, checkpoint=model, spent=self.spent
+        )
         new = [self._judged(record, self.growing.dense)]
         if status == "dense":  # what ended before it could not be compared with it
             early = [r for r in self.records.values() if r.trial != record.trial]
@@ -237,6 +244,7 @@ def with_result(record: TrialRecord, result: dict[str, Any]) -> TrialRecord:
             key: result[key]
             for key in (
                 "val_top1",
+                "by_class",
                 "gmacs",
                 "effective_gmacs",
                 "params",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-import math
+import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,22 +16,23 @@ from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from pruners import ViTShape, cost_of
 from search.change import Change, change
+from search.drawing import write_png
 from search.journal import Journal
+from search.kept import draw_plan
 from search.ledger import METRICS, Event, new_record
-from search.pictures import front_html, front_png, kept_png
-from search.progress import cost_ratio, front_line, top1_text
-from search.results import Front, TrialRecord, front_json
-from search.sweep import SweepError
+from search.mlflow_client import mlflow_client
+from search.mlflow_views import FRONT, TRIALS, view_address, view_tags
+from search.note import about_sweep
+from search.parent_page import ParentPage
+from search.results import Front, TrialRecord
+from search.sweep import Sweep, SweepError
+from search.sweep_toml import sweep_toml
 
 RUNS = "mlflow.jsonl"
 """File of a sweep's directory that says which MLflow runs are its own, first the sweep's, and how
 far the ledger has been logged.
-"""
-
-REDRAW_S, REST = 60.0, 19.0
-"""Seconds for which the pictures of a changing front stay as they are, and multiples of the time
-that drawing them took: the page alone has 5 MB, and more with each trial.
 """
 
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # metrics first, in the UI
@@ -53,7 +54,13 @@ class SweepRuns:
     """
 
     def __init__(
-        self, client: MlflowClient, notes: Journal, lines: Sequence[dict], earlier: Front | None
+        self,
+        client: MlflowClient,
+        notes: Journal,
+        lines: Sequence[dict],
+        sweep: Sweep,
+        dense: ViTShape,
+        earlier: Front | None,
     ) -> None:
         """Use `open` instead."""
         self.client, self.notes, self.directory = client, notes, notes.path.parent
@@ -71,42 +78,36 @@ class SweepRuns:
             ) from error
         self.place = max(0, places[-1]) if places else 0
         self.members: set[str] | None = None  # that are tagged; None is unknown
-        self.shown: set[str] | None = None  # that the note and the pictures show
-        self.redraw, self.again = -math.inf, True
+        self.again = True
+        self.dense = dense.to_json()
+        about = about_sweep(sweep, cost_of(dense).macs)
+        self.page = ParentPage(client, self.parent, sweep, about, earlier)
 
     @classmethod
     def open(
         cls,
-        uri: str | None,
-        directory: Path,
-        name: str,
-        sweep_toml: str,
+        sweep: Sweep,
+        dense: ViTShape,
         may_write: Callable[[], None] = lambda: None,
         earlier: Front | None = None,
     ) -> SweepRuns:
         """Open the runs of a sweep: those that its directory names, or new ones.
 
         Args:
-            uri: MLflow tracking URI; None is SQLite in the sweep's directory.
-            directory: The sweep's directory; it exists.
-            name: Name of the experiment and the parent run.
-            sweep_toml: The sweep as run, kept as an artifact.
+            sweep: The sweep, whose directory exists.
+            dense: Shape of its dense model.
             may_write: Asked before anything is logged; it raises an error if this must not be.
             earlier: The front that the sweep starts from, if it does.
 
         Raises:
             SweepError: If there are none yet, and MLflow does not take any.
         """
-        # What goes wrong is said by whoever follows the ledger, in a line.
-        for noisy in ("alembic", "mlflow.store.db.utils"):
-            logging.getLogger(noisy).setLevel(logging.CRITICAL)
-        # Who asks repeats what failed, and looks first whether it was done.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        uri, directory, name = sweep.tracking, sweep.directory, sweep.name
         notes = Journal(directory / RUNS, may_write)
         try:
-            client = MlflowClient(tracking_uri=uri or local_uri(directory))
+            client = mlflow_client(uri or local_uri(directory))
             if noted := notes.read():
-                return cls(client, notes, noted, earlier)
+                return cls(client, notes, noted, sweep, dense, earlier)
             experiment = client.get_experiment_by_name(name)
             where = None if uri else (directory / "mlartifacts").resolve().as_uri()
             identity = (
@@ -114,15 +115,18 @@ class SweepRuns:
                 if experiment
                 else client.create_experiment(name, where, tags=_KIND)
             )
+            for key, value in view_tags(_now()).items():
+                client.set_experiment_tag(identity, key, value)
             parent = client.create_run(identity, run_name=name, tags={"sweep": name}).info.run_id
-            client.log_text(parent, sweep_toml, "sweep.toml")
+            client.log_text(parent, sweep_toml(sweep), "sweep.toml")
+            client.log_batch(parent, params=[Param(k, v) for k, v in sweep_params(sweep).items()])
         except (MlflowException, OSError) as error:
             raise SweepError(
                 f"tracking = {uri!r}: {first_line(error)}; give a server that runs"
             ) from error
         first = {"experiment": identity, "parent": parent}
         notes.append(first)
-        return cls(client, notes, [first], earlier)
+        return cls(client, notes, [first], sweep, dense, earlier)
 
     def log(self, event: Event, place: int) -> None:
         """Log an event of the ledger, which goes on at a place behind it."""
@@ -139,31 +143,33 @@ class SweepRuns:
         self.place = place
 
     def show(self, front: Front, records: Sequence[TrialRecord]) -> None:
-        """Show a front, if its members changed: tags, a note, and now and then pictures."""
+        """Show a front: tags of its members, the note, and now and then pictures."""
         self._mark(front)
-        if self.members == self.shown:
-            return
-        self._describe(front)
-        if time.monotonic() >= self.redraw:
-            self._draw(front, records)
-        self.shown = self.members
+        self.page.show(front, records, self._links())
 
     def close(self, front: Front, records: Sequence[TrialRecord]) -> None:
         """Log the final front, with what was measured on test, and close the parent run."""
-        for member in front.members:
+        for member in (*front.members, front.dense):
             if member.test_top1 is not None:
                 metric = Metric("test_top1", member.test_top1, _now(), 0)
                 self._log_once(self.trials[member.trial], [metric])
         self._mark(front)
-        self._describe(front)
-        self._draw(front, records)
+        self.page.describe(front, records, self._links())
+        self.page.draw(front, records)
         if self.earlier is not None:
             self._log_once(self.parent, change_metrics(change(self.earlier, front)))
         self.client.set_terminated(self.parent, "FINISHED")
 
+    def _links(self) -> dict[str, str]:
+        """Return trial, or view -> address of its run, relative to MLflow's page."""
+        base = f"#/experiments/{self.experiment}/runs"
+        views = {name: view_address(self.experiment, name) for name in (FRONT, TRIALS)}
+        return views | {trial: f"{base}/{run}" for trial, run in self.trials.items()}
+
     def _learned(self, event: Event) -> None:
         """Log what methods learned before the trials: a table, and the seconds that it took."""
         self.client.log_dict(self.parent, {"runs": event["runs"]}, "learned.json")
+        self.page.draw_learned()
         seconds = sum(run["report"]["seconds"] for run in event["runs"])
         metric = Metric("learning_seconds", seconds, event["time"], 0)
         self._log_once(self.parent, [metric])
@@ -204,7 +210,13 @@ class SweepRuns:
         metrics = [
             Metric(key, float(result[key]), event["time"], result["epoch"]) for key in METRICS
         ]
-        self._log_once(self.trials[result["trial"]], metrics)
+        run = self.trials[result["trial"]]
+        if result["epoch"] == 0:
+            kept = draw_plan(json.loads(result["shape"]), self.dense)
+            with tempfile.TemporaryDirectory() as folder:
+                write_png(kept, Path(folder) / "plan.png")
+                self.client.log_artifact(run, str(Path(folder) / "plan.png"))
+        self._log_once(run, metrics)
 
     def _end_trial(self, event: Event) -> None:
         run = self.trials[event["trial"]]
@@ -238,25 +250,6 @@ class SweepRuns:
             self.client.set_tag(self.trials[trial], "front", value)
             self.members = self.members ^ {trial}
 
-    def _describe(self, front: Front) -> None:
-        self.client.log_dict(self.parent, front_json(front), "front.json")
-        text = note(front)
-        if self.earlier is not None:
-            text += (
-                f"\n\nAgainst the front it started from: {change(self.earlier, front).describe()}"
-            )
-        self.client.set_tag(self.parent, "mlflow.note.content", text)
-
-    def _draw(self, front: Front, records: Sequence[TrialRecord]) -> None:
-        start = time.monotonic()
-        self.client.log_text(self.parent, front_html(front, records), "front.html")
-        for draw, name in ((front_png, "front.png"), (kept_png, "kept.png")):
-            path = self.directory / name
-            draw(front, records, path)
-            self.client.log_artifact(self.parent, str(path))
-        end = time.monotonic()
-        self.redraw = end + max(REDRAW_S, REST * (end - start))
-
 
 def first_line(error: Exception) -> str:
     """Return the first line of what went wrong."""
@@ -282,6 +275,24 @@ def ui_command(uri: str | None, directory: Path) -> str:
     return f"{program} ui --backend-store-uri {uri or f'sqlite:///{directory}/mlflow.db'}"
 
 
+def sweep_params(sweep: Sweep) -> dict[str, str]:
+    """Return what is searched, as the parent run's parameters."""
+    data = sweep.data
+    return {
+        "model": str(sweep.model.path or sweep.model.name),
+        "train": data.train,
+        "val": data.val,
+        "test": data.test,
+        "steps": ", ".join(sweep.labels),
+        "budget": f"{sweep.budget.low} to {sweep.budget.high}",
+        "cost": sweep.cost,
+        "trials": str(sweep.trials),
+        "epochs": str(sweep.epochs),
+        "sampler": sweep.sampler,
+        "seed": str(sweep.seed),
+    }
+
+
 def trial_params(record: TrialRecord) -> dict[str, str]:
     """Return what tells trials apart in MLflow's table: methods and mean shares."""
     params = {"methods": record.methods, "origin": record.origin, "plan": record.plan_line[:500]}
@@ -305,29 +316,3 @@ def change_metrics(change: Change) -> list[Metric]:
         "points_lost": len(change.lost),
     }
     return [Metric(key, float(value), _now(), 0) for key, value in values.items()]
-
-
-def note(front: Front) -> str:
-    """Return the front as Markdown."""
-    lines = [
-        f"Front of validation top-1 against {front.cost}: {front_line(front)}",
-        "",
-        "| trial | val top-1 | test top-1 | epochs | cost | GMACs | effective | params | plan |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for record in (*front.members, front.dense):
-        test = f"{record.test_top1:.1f}" if record.test_top1 is not None else ""
-        ratio = f"{cost_ratio(front, record):.2f}x"
-        cells = [
-            record.name,
-            top1_text(record),
-            test,
-            str(record.epochs),
-            ratio,
-            f"{record.gmacs:.4g}",
-            f"{record.effective_gmacs:.4g}",
-            f"{record.params:,}",
-            record.plan_line,
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)

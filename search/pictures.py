@@ -1,185 +1,187 @@
-"""Pictures of a front: an interactive plot, a still one, and what was kept of each block."""
+"""Still pictures of a front as curves: the front itself, its growth, and that of each method."""
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Sequence
-from pathlib import Path
+import itertools
+from collections.abc import Mapping, Sequence
 
-import numpy as np
-import plotly.graph_objects as go
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
+from search.drawing import DENSE, FRONT, INK, PALE, REST, SERIES, blank, plain
+from search.growth import growth
 from search.progress import cost_ratio
-from search.results import Front, TrialRecord, cost_of_record
+from search.results import Front, TrialRecord, build_front, cost_of_record
 
-FRONT, REST, DENSE = "#d1495b", "#9aa5b1", "#1f2933"
 AXIS = {
     "effective_gmacs": "effective GMACs (MACs on weights that are not zero)",
     "gmacs": "GMACs",
     "latency": "milliseconds per image",
 }
-PANELS = ("heads", "neurons", "tokens", "weights")
+SHARE = {
+    "effective_gmacs": "effective MACs, share of the dense model's",
+    "gmacs": "MACs, share of the dense model's",
+    "latency": "time per image, share of the dense model's",
+}
+"""What costs are called, as they are and as shares."""
 
 
-def front_html(front: Front, records: Sequence[TrialRecord]) -> str:
-    """Return a self-contained page with an interactive plot of top-1 against cost."""
-    figure = go.Figure()
-    figure.add_trace(_scatter(front, _dominated(front, records), "dominated", REST, "markers", 8))
-    figure.add_trace(_scatter(front, list(front.members), "front", FRONT, "lines+markers", 11))
-    figure.add_trace(_scatter(front, [front.dense], "dense", DENSE, "markers", 13, symbol="star"))
-    figure.update_layout(
-        template="plotly_white",
-        margin={"l": 55, "r": 15, "t": 40, "b": 50},
-        title={"text": f"hypervolume {front.hypervolume:.4f}", "font": {"size": 14}},
-        legend={"y": 0.02, "x": 0.98, "xanchor": "right", "yanchor": "bottom"},
-        hoverlabel={"align": "left"},
-        autosize=True,
-    )
-    figure.update_xaxes(title_text=AXIS[front.cost])
-    figure.update_yaxes(title_text="validation top-1 (%)")
-    return str(figure.to_html(include_plotlyjs=True, full_html=True, config={"responsive": True}))
-
-
-def front_png(front: Front, records: Sequence[TrialRecord], path: Path) -> None:
+def draw_front(front: Front, records: Sequence[TrialRecord]) -> Figure:
     """Draw top-1 against cost."""
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    figure = blank(8, 5)
     axes = figure.add_subplot()
-    rest = _dominated(front, records)
-    axes.scatter(*_xy(front, rest), s=28, color=REST, label="dominated")
-    axes.plot(*_xy(front, front.members), "o-", color=FRONT, label="front", zorder=3)
-    axes.scatter(
-        *_xy(front, [front.dense]), marker="*", s=150, color=DENSE, label="dense", zorder=3
+    rest = dominated(front, records)
+    axes.scatter(*points(front, rest), s=22, color=REST, alpha=0.6, lw=0, label="dominated")
+    axes.plot(
+        *points(front, front.members),
+        "o-",
+        drawstyle="steps-post",
+        color=FRONT,
+        label="front",
+        zorder=3,
     )
-    for member in front.members:
+    axes.scatter(
+        *points(front, [front.dense]), marker="*", s=150, color=DENSE, label="dense", zorder=3
+    )
+    for member in _apart(front):
         axes.annotate(
             member.trial,
             (cost_of_record(member, front.cost), member.val_top1),
             textcoords="offset points",
-            xytext=(0, 8),
-            ha="center",
+            xytext=(-3, 4),
+            ha="right",
             fontsize=8,
             color=FRONT,
         )
     axes.set(xlabel=AXIS[front.cost], ylabel="validation top-1 (%)")
-    axes.set_title(f"hypervolume {front.hypervolume:.4f}", loc="left", fontsize=10)
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False, loc="lower right")
-    _save(figure, path)
+    axes.set_title(f"hypervolume {front.hypervolume:.4f}", loc="left", fontsize=10, color=INK)
+    _finish(figure, axes)
+    return figure
 
 
-def kept_png(front: Front, records: Sequence[TrialRecord], path: Path) -> None:
-    """Draw what each member kept of each block: heads, neurons, tokens and weights."""
-    members = list(front.members) or [front.dense]
-    blocks = len(front.dense.shape["blocks"])
-    height = max(1.6, 0.42 * len(members) + 1.0)
-    figure = Figure(
-        figsize=(2.2 + 4 * max(2.6, 0.42 * blocks), height), dpi=110, layout="constrained"
-    )
-    grid = figure.subplots(1, len(PANELS), sharey=True)
-    for axes, panel in zip(grid, PANELS, strict=True):
-        kept = np.stack([kept_shares(m.shape, front.dense.shape)[panel] for m in members])
-        image = axes.imshow(kept, cmap="YlGnBu", vmin=0.0, vmax=1.0, aspect="auto")
-        for (row, column), share in np.ndenumerate(kept):
-            axes.text(
-                column,
-                row,
-                f"{100 * share:.0f}",
-                ha="center",
-                va="center",
-                fontsize=7,
-                color="white" if share > 0.6 else "black",
-            )
-        axes.set_title(f"{panel} kept (%)", fontsize=9)
-        axes.set_xticks(range(blocks), range(blocks), fontsize=7)
-        axes.set_xlabel("block", fontsize=8)
-    labels = [f"{m.trial}  {cost_ratio(front, m):.2f}x  {m.val_top1:.1f} %" for m in members]
-    grid[0].set_yticks(range(len(members)), labels, fontsize=8)
-    figure.colorbar(image, ax=grid, fraction=0.012, pad=0.01)
-    _save(figure, path)
-
-
-def kept_shares(shape: dict, dense: dict) -> dict[str, NDArray[np.float64]]:
-    """Return, for each block, the shares of the dense model's units, tokens and weights left.
-
-    Heads count with the width of their values; weights are the share, of the weights that surgery
-    left, which is not masked.
-    """
-    shares: dict[str, list[float]] = {panel: [] for panel in PANELS}
-    for index, (block, whole) in enumerate(zip(shape["blocks"], dense["blocks"], strict=True)):
-        shares["heads"].append(
-            _ratio(block["heads"] * block["v_dim"], whole["heads"] * whole["v_dim"])
+def draw_growth(front: Front, records: Sequence[TrialRecord]) -> Figure:
+    """Draw the hypervolume against the epochs of fine-tuning that the sweep had spent."""
+    figure = blank(8, 4)
+    axes = figure.add_subplot()
+    steps = [(spent, volume) for spent, volume in growth(records, front.cost) if volume > 0.0]
+    if steps:
+        axes.plot(*zip(*steps, strict=True), drawstyle="steps-post", color=FRONT)
+        spent, volume = steps[-1]
+        axes.plot([spent], [volume], "o", color=FRONT)
+        axes.annotate(
+            f"{volume:.4f} after {spent} epochs",
+            (spent, volume),
+            textcoords="offset points",
+            xytext=(0, 6),
+            ha="right",
+            fontsize=9,
+            color=FRONT,
         )
-        shares["neurons"].append(_ratio(block["hidden"], whole["hidden"]))
-        shares["tokens"].append(_ratio(block["mlp_tokens"], whole["mlp_tokens"]))
-        shares["weights"].append(_density(shape, block, index))
-    return {panel: np.array(values) for panel, values in shares.items()}
+    axes.margins(x=0.03, y=0.12)
+    axes.set(xlabel="epochs of fine-tuning, all trials together", ylabel="hypervolume")
+    _finish(figure, axes)
+    return figure
 
 
-def _density(shape: dict, block: dict, index: int) -> float:
-    inner, dim = block["heads"] * block["v_dim"], shape["dim"]
-    sizes = {
-        f"blocks.{index}.attn.qkv": dim * (2 * block["heads"] * block["qk_dim"] + inner),
-        f"blocks.{index}.attn.proj": dim * inner,
-        f"blocks.{index}.mlp.fc1": dim * block["hidden"],
-        f"blocks.{index}.mlp.fc2": dim * block["hidden"],
-    }
-    nonzero = sum(shape["nonzero"].get(site, size) for site, size in sizes.items() if size)
-    return _ratio(nonzero, sum(sizes.values()))
+def draw_methods(front: Front, records: Sequence[TrialRecord]) -> Figure:
+    """Draw the front that each combination of methods reached by itself, the best eight.
+
+    What is on the overall front is ringed.
+    """
+    figure = blank(8, 5.4)
+    axes = figure.add_subplot()
+    for color, (methods, own) in zip(SERIES, fronts_by_methods(front, records), strict=False):
+        _draw_steps(axes, methods, own, color)
+    costs, tops = shares(front)
+    rings = axes.scatter(costs, tops, s=80, facecolors="none", edgecolors=INK, zorder=3)
+    rings.set_label("on the overall front")
+    axes.set(xlabel=SHARE[front.cost], ylabel="validation top-1 (%)")
+    _finish(figure, axes, "hypervolume, methods")
+    return figure
 
 
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
+def draw_fronts(fronts: Mapping[str, Front]) -> Figure:
+    """Draw fronts that are compared, by name; all count the same cost."""
+    figure = blank(8, 5.4)
+    axes = figure.add_subplot()
+    for color, (name, front) in zip(itertools.cycle(SERIES), fronts.items(), strict=False):
+        _draw_steps(axes, name, front, color)
+    axes.plot([1.0], points(front, [front.dense])[1], "*", ms=14, color=INK, label="dense")
+    axes.set(xlabel=SHARE[front.cost], ylabel="validation top-1 (%)")
+    _finish(figure, axes, "hypervolume, sweep")
+    return figure
 
 
-def _dominated(front: Front, records: Sequence[TrialRecord]) -> list[TrialRecord]:
+def fronts_by_methods(
+    front: Front, records: Sequence[TrialRecord], most: int = len(SERIES)
+) -> list[tuple[str, Front]]:
+    """Return the front of each combination of methods, largest hypervolume first.
+
+    Args:
+        front: The overall front.
+        records: All trials of the sweep.
+        most: Number of combinations.
+    """
+    finished: dict[str, list[TrialRecord]] = {}
+    for record in records:
+        if record.status == "finished":
+            finished.setdefault(record.methods, []).append(record)
+    fronts = [
+        (methods, build_front([front.dense, *own], front.cost, front.classes))
+        for methods, own in finished.items()
+    ]
+    fronts = [(methods, own) for methods, own in fronts if own.members]
+    return sorted(fronts, key=lambda pair: -pair[1].hypervolume)[:most]
+
+
+def dominated(front: Front, records: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """Return the finished trials that are not on the front."""
     members = {member.trial for member in front.members}
     return [r for r in records if r.status == "finished" and r.trial not in members]
 
 
-def _xy(front: Front, records: Sequence[TrialRecord]) -> tuple[list[float], list[float]]:
+def points(front: Front, records: Sequence[TrialRecord]) -> tuple[list[float], list[float]]:
+    """Return costs and top-1."""
     return [cost_of_record(r, front.cost) for r in records], [r.val_top1 or 0.0 for r in records]
 
 
-def _scatter(
-    front: Front,
-    records: list[TrialRecord],
-    name: str,
-    color: str,
-    mode: str,
-    size: int,
-    symbol: str = "circle",
-) -> go.Scatter:
-    x, y = _xy(front, records)
-    texts = ["<br>".join([r.name, *_hover(front, r)]) for r in records]
-    marker = {"size": size, "color": color, "symbol": symbol}
-    return go.Scatter(
-        x=x,
-        y=y,
-        name=name,
-        mode=mode,
-        marker=marker,
-        text=texts,
-        hovertemplate="%{text}<extra></extra>",
-    )
+def shares(front: Front) -> tuple[list[float], list[float]]:
+    """Return the members' costs as shares of the dense model's, and their top-1."""
+    members = front.members
+    return [cost_ratio(front, member) for member in members], points(front, members)[1]
 
 
-def _hover(front: Front, record: TrialRecord) -> list[str]:
-    test = f", test {record.test_top1:.1f} %" if record.test_top1 is not None else ""
-    return [
-        f"validation {record.val_top1:.1f} %{test}",
-        f"{record.gmacs:.4g} GMACs, {record.effective_gmacs:.4g} effective "
-        f"({cost_ratio(front, record):.2f}x dense)",
-        f"{record.params:,} params, density {record.density:.2f}",
-        f"{record.images_per_s:,.0f} images/s",
-        *textwrap.wrap(record.plan_line, 60),
-    ]
+def _draw_steps(axes: Axes, name: str, front: Front, color: str) -> None:
+    """Draw a front as what is reached at most at a cost, up to the dense model's."""
+    costs, tops = shares(front)
+    label = f"{front.hypervolume:.4f}  {name}"
+    line = ([*costs, max(1.0, costs[-1])], [*tops, tops[-1]]) if costs else ([], [])
+    axes.plot(*line, drawstyle="steps-post", color=color, label=label)
+    axes.plot(costs, tops, "o", ms=4, color=color)
 
 
-def _save(figure: Figure, path: Path) -> None:
-    FigureCanvasAgg(figure)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+def _apart(front: Front, gap: float = 0.035) -> list[TrialRecord]:
+    """Return members whose names do not run into each other, the dearest one among them."""
+    chosen: list[TrialRecord] = []
+    for member in reversed(front.members):
+        if not chosen or cost_ratio(front, chosen[-1]) - cost_ratio(front, member) > gap:
+            chosen.append(member)
+    return chosen
+
+
+def _finish(figure: Figure, axes: Axes, title: str = "") -> None:
+    """Add a grid, and below the axes what is what."""
+    axes.grid(color=PALE, alpha=0.5)
+    plain(axes)
+    handles, _ = axes.get_legend_handles_labels()
+    if handles:
+        columns = 3 if len(handles) < 4 else 2
+        figure.legend(
+            loc="outside lower center",
+            ncols=columns,
+            frameon=False,
+            fontsize=9,
+            labelcolor=INK,
+            title=title,
+            title_fontproperties={"size": 9},
+        ).get_title().set_color(INK)

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TextIO
 
 from rich.console import Console
 from rich.table import Table
 
 from search.results import Front, TrialRecord, cost_of_record
+from search.sweep import Sweep
 
 UNIT = {"effective_gmacs": "effective MACs", "gmacs": "MACs", "latency": "time per image"}
+
+COLUMNS = (
+    "trial",
+    "val %",
+    "test %",
+    "epochs",
+    "GMACs",
+    "eff. GMACs",
+    "fewer",
+    "params",
+    "density",
+    "images/s",
+)
+"""Of the front's table."""
 
 HEARTBEAT_S = 30.0
 """Longest silence while methods learn or trials run, in seconds."""
@@ -65,6 +80,11 @@ class Progress:
         """Say why no more plans were tried, where that was not their number."""
         if why and why != f"{self.trials} trials":
             self._say(f"no more plans: {why}")
+
+    def registered(self, lines: Sequence[str]) -> None:
+        """Say what the front is in MLflow's model registry."""
+        for line in lines:
+            self._say(line)
 
     def restart_clock(self) -> None:
         """Estimate the time that is left from here on: trials begin."""
@@ -127,6 +147,20 @@ class Progress:
         self.spoke = self.clock()
 
 
+def headline(sweep: Sweep, dense_cost: int) -> str:
+    """Say what a sweep searches.
+
+    Args:
+        sweep: The sweep.
+        dense_cost: MACs of the dense model, as the sweep counts them.
+    """
+    steps = ", ".join(sweep.labels)
+    return (
+        f"sweep {sweep.name}: {sweep.trials} trials of {sweep.epochs} epochs over {steps}; "
+        f"{sweep.budget.low} to {sweep.budget.high} of {dense_cost / 1e9:.4g} {sweep.cost}"
+    )
+
+
 def trial_line(record: TrialRecord) -> str:
     """Say what came of a trial."""
     if record.status in ("finished", "dense"):
@@ -153,21 +187,10 @@ def front_table(front: Front, stream: TextIO) -> None:
     table = Table(
         title=f"Front of top-1 against {unit}", title_justify="left", box=None, pad_edge=False
     )
-    for header in (
-        "trial",
-        "val %",
-        "test %",
-        "epochs",
-        "GMACs",
-        "eff. GMACs",
-        "fewer",
-        "params",
-        "density",
-        "images/s",
-    ):
+    for header in COLUMNS:
         table.add_column(header, justify="left" if header == "trial" else "right")
     for record in (*front.members, front.dense):
-        table.add_row(*_cells(front, record))
+        table.add_row(*cells(front, record))
     console.print(table)
     print(f"\n'fewer': how many times fewer {unit} than the dense model.", file=stream)
     if any(record.spread is not None for record in front.members):
@@ -211,7 +234,8 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
 
 
-def _cells(front: Front, record: TrialRecord) -> tuple[str, ...]:
+def cells(front: Front, record: TrialRecord) -> tuple[str, ...]:
+    """Return what a row of the front's table says, in the order of `COLUMNS`."""
     test = f"{record.test_top1:.1f}" if record.test_top1 is not None else "-"
     return (
         record.trial if record.origin != "dense" else "dense",

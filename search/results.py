@@ -19,6 +19,9 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from search import pareto
 
+DONE = "done"
+"""File of a sweep's directory that says that it is finished."""
+
 TrialName = Annotated[str, Field(pattern=r"^[0-9]{4,9}$")]
 """Name of a trial, which its folder bears."""
 
@@ -43,9 +46,12 @@ class TrialRecord:
         parameters: What was sampled, by name.
         methods: Methods of the plan's active steps, joined by "+".
         epochs: Epochs of fine-tuning that were finished.
+        spent: Epochs of fine-tuning that the sweep had spent, on all trials, when this one ended.
         cost_ratio: Cost as a share of the dense model's, as the plan predicts it.
         val_top1: Percent, after the last epoch; None before the first result. Of a member of a
             front that was confirmed, the mean of the further seeds: the first was chosen for it.
+        by_class: The same of each class, of a trial that ran to its end; None for a class without
+            images.
         spread: Standard deviation of top-1 over all seeds, the first included; None with one.
         runs: Number of seeds.
         within_spread: Whether the next cheaper member of the front may be as good: the difference
@@ -78,8 +84,10 @@ class TrialRecord:
     parameters: dict[str, Any] = field(default_factory=dict)
     methods: str
     epochs: int = 0
+    spent: int = 0
     cost_ratio: float
     val_top1: float | None = None
+    by_class: list[float | None] = field(default_factory=list)
     spread: float | None = None
     runs: int = 1
     within_spread: bool = False
@@ -108,12 +116,14 @@ class Front:
         hypervolume: Area dominated in (cost / dense cost, top-1 / 100), up to `REFERENCE`.
         dense: The dense model, as trained, without any fine-tuning.
         members: The members, cheapest first.
+        classes: Names of the classes; empty if they have none.
     """
 
     cost: str
     hypervolume: float
     dense: TrialRecord
     members: tuple[TrialRecord, ...]
+    classes: tuple[str, ...] = ()
 
 
 REFERENCE = {"cost_ratio": 1.0, "top1": 0.0}
@@ -126,6 +136,7 @@ MEMBER_KEYS = (
     "trial",
     "name",
     "val_top1",
+    "by_class",
     "spread",
     "runs",
     "within_spread",
@@ -149,14 +160,15 @@ MEMBER_KEYS = (
 )
 _SHOWN = ("val_top1", "gmacs", "effective_gmacs", "params", "density", "images_per_s")
 _RECORDS = TypeAdapter(list[TrialRecord])
-_JSON_COLUMNS = ("parameters", "plan", "shape", "history")
+_NAMES = TypeAdapter(list[str])
+_JSON_COLUMNS = ("parameters", "plan", "shape", "history", "by_class")
 _TYPES = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
 _SCHEMA = pa.schema(
     [(f.name, _TYPES.get(str(f.type).partition(" ")[0], pa.string())) for f in fields(TrialRecord)]
 )
 
 
-def build_front(records: Sequence[TrialRecord], cost: str) -> Front:
+def build_front(records: Sequence[TrialRecord], cost: str, classes: tuple[str, ...] = ()) -> Front:
     """Return the non-dominated ones of the finished trials that violate no constraint.
 
     As soon as plans have been trained with further seeds, only these are compared, by their means:
@@ -182,7 +194,9 @@ def build_front(records: Sequence[TrialRecord], cost: str) -> Front:
         reference_accuracy=REFERENCE["top1"],
     )
     members.sort(key=lambda r: cost_of_record(r, cost))
-    return Front(cost=cost, hypervolume=volume, dense=dense, members=_marked(members))
+    return Front(
+        cost=cost, hypervolume=volume, dense=dense, members=_marked(members), classes=classes
+    )
 
 
 def cost_of_record(record: TrialRecord, cost: str) -> float:
@@ -230,6 +244,7 @@ def front_json(front: Front) -> dict[str, Any]:
         "cost": front.cost,
         "hypervolume": front.hypervolume,
         "reference": REFERENCE,
+        "classes": list(front.classes),
         "dense": _member(front.dense),
         "front": [_member(record) for record in front.members],
     }
@@ -255,7 +270,10 @@ def read_front(path: Path) -> Front:
         dense, *members = _checked([{"status": "dense", **values["dense"]}, *rows])
         cost, volume = values["cost"], float(values["hypervolume"])
         _check_shown(cost, [dense, *members])
-        return Front(cost=cost, hypervolume=volume, dense=dense, members=tuple(members))
+        classes = tuple(_NAMES.validate_python(values["classes"]))
+        return Front(
+            cost=cost, hypervolume=volume, dense=dense, members=tuple(members), classes=classes
+        )
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is no front ({error}); give what a sweep wrote") from error
 

@@ -13,7 +13,7 @@ from typing import TextIO
 from search.change import change
 from search.check import check
 from search.mlflow_runs import ui_command
-from search.progress import front_table
+from search.progress import front_table, headline
 from search.results import read_front
 from search.sweep import Sweep
 
@@ -31,7 +31,7 @@ def run(sweep: Sweep, stream: TextIO) -> int:
         SweepError: If something of the sweep is wrong.
     """
     dense, space = check(sweep)
-    print(_headline(sweep, space.dense_cost), file=stream, flush=True)
+    print(headline(sweep, space.dense_cost), file=stream, flush=True)
     connect()
     from search.tuner import earlier_front, is_done, run_sweep  # imports Ray Tune: seconds
 
@@ -83,11 +83,3 @@ def sigterm_as_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _headline(sweep: Sweep, dense_cost: int) -> str:
-    steps = ", ".join(sweep.labels)
-    return (
-        f"sweep {sweep.name}: {sweep.trials} trials of {sweep.epochs} epochs over {steps}; "
-        f"{sweep.budget.low} to {sweep.budget.high} of {dense_cost / 1e9:.4g} {sweep.cost}"
-    )

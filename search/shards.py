@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,13 +47,23 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Shards:
-    """The Parquet files of a split, and the columns to read."""
+    """The Parquet files of a split, and the columns to read.
+
+    Attributes:
+        filesystem: Where they are.
+        paths: The files, in order of their names.
+        image_column: Column of the image files.
+        label_column: Column of the labels.
+        rows: Rows of all files.
+        classes: Names of the classes, where the files say them; else empty.
+    """
 
     filesystem: pafs.FileSystem
     paths: tuple[str, ...]
     image_column: str
     label_column: str
     rows: int
+    classes: tuple[str, ...]
 
     def read_groups(self, order: list[Group]) -> Iterator[Chunk]:
         """Yield the rows of the given row groups."""
@@ -118,12 +129,13 @@ def find_shards(source: str, image_column: str = "image", label_column: str = "l
         raise FileNotFoundError(
             f"{source} has no Parquet files; give a file, glob, directory or URI"
         )
-    rows = 0
+    rows, classes = 0, _NO_NAMES
     for shard in paths:
         with naming(shard), filesystem.open_input_file(shard) as file:
             parquet = pq.ParquetFile(file)
             _check_columns(shard, parquet.schema_arrow, image_column, label_column)
             rows += parquet.metadata.num_rows
+            classes = classes or _class_names(parquet.schema_arrow, label_column)
     if rows == 0:
         raise ValueError(f"{source} has no rows; give at least one image")
     return Shards(
@@ -132,6 +144,7 @@ def find_shards(source: str, image_column: str = "image", label_column: str = "l
         image_column=image_column,
         label_column=label_column,
         rows=rows,
+        classes=classes,
     )
 
 
@@ -166,6 +179,20 @@ def _check_columns(path: str, schema: pa.Schema, image_column: str, label_column
         )
     if not pa.types.is_integer(label):
         raise ValueError(f"{path}: {label_column} is {_one_line(label)}; give integers from 0")
+
+
+_NO_NAMES: tuple[str, ...] = ()
+
+
+def _class_names(schema: pa.Schema, column: str) -> tuple[str, ...]:
+    """Return the class names in a file's Hugging Face metadata; empty if there are none."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        names = features[column]["names"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return _NO_NAMES
+    named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return tuple(names) if named else _NO_NAMES
 
 
 def _one_line(value: object) -> str:

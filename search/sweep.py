@@ -22,6 +22,7 @@ METHODS = Path(__file__).resolve().parent.parent / "pruners" / "methods"
 
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+_NAME = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=100)
 
 
 PASSWORD = re.compile(r"://[^/]*:[^/]*@")
@@ -195,7 +196,7 @@ class Resources(_Part):
 class Sweep(_Part):
     """One sweep."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=100)
+    name: Annotated[str, _NAME]
     model: ModelSpec
     data: DataSpec
     steps: tuple[StepSpec, ...] = Field(min_length=1)
@@ -224,6 +225,10 @@ class Sweep(_Part):
     resources: Resources = Resources()
     storage: str = "results"
     tracking: str | None = None  # MLflow tracking URI; None is SQLite in the sweep's directory
+    register_front: bool = True  # make each member of the front a version of a registered model ...
+    registered_model: Annotated[str, _NAME] | None = None  # ... of this name; None is the sweep's
+    # shares of the dense cost; the best version within each gets an alias, best-under-50
+    alias_budgets: tuple[Annotated[float, Field(gt=0.0, lt=1.0)], ...] = (0.25, 0.5, 0.75)
     max_failures: int = Field(2, ge=0)  # restarts of a trial without an epoch between them
     max_epoch_hours: Positive = 6.0  # after which an epoch (or a start) hangs: its process is ended
 
@@ -295,6 +300,11 @@ class Sweep(_Part):
         return Path(self.storage) / self.name
 
     @property
+    def model_name(self) -> str:
+        """Registered model whose versions the front's members are."""
+        return self.name if self.registered_model is None else self.registered_model
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """A name for each step: its method, numbered from the second of the same method on."""
         seen: Counter[str] = Counter()
@@ -304,3 +314,8 @@ class Sweep(_Part):
             number = seen[step.method]
             labels.append(step.method if number == 1 else f"{step.method}-{number}")
         return tuple(labels)
+
+
+def alias_of(budget: float) -> str:
+    """Return the alias of a budget, a share of the dense cost; MLflow takes no dots in it."""
+    return f"best-under-{100.0 * budget:.10g}".replace(".", "-")

@@ -73,21 +73,30 @@ class Tracker:
         self,
         front: Front,
         records: Sequence[TrialRecord],
+        steps: Sequence[Callable[[SweepRuns], None]] = (),
         seconds: float = LAST_PATIENCE_S,
     ) -> None:
-        """Log the final front, with what was measured on test.
+        """Log the final front, with what was measured on test, and what follows it.
+
+        Args:
+            front: The front.
+            records: All trials.
+            steps: What follows, one by one; each may be repeated.
+            seconds: How long MLflow may take for each.
 
         Raises:
             SweepFailedError: If MLflow did not take everything.
         """
-        with self._lock:
-            self._write = partial(self.runs.close, front, records)
-        if not self.wait(seconds):
-            raise SweepFailedError(
-                f"MLflow has not taken everything for {seconds:.0f} s "
-                f"({self.trouble or 'it is slow'}); the front is in {self.runs.directory}, "
-                "run the same command again to log it"
-            )
+        first = partial(self.runs.close, front, records)
+        for write in (first, *(partial(step, self.runs) for step in steps)):
+            with self._lock:
+                self._write = write
+            if not self.wait(seconds):
+                raise SweepFailedError(
+                    f"MLflow has not taken everything for {seconds:.0f} s "
+                    f"({self.trouble or 'it is slow'}); the front is in {self.runs.directory}, "
+                    "run the same command again to log it"
+                )
 
     def close(self) -> None:
         """Log no more; a tracker of the same ledger goes on from here."""

@@ -288,6 +288,7 @@ class PlanTrial(tune.Trainable):
             "latency_ms": self.latency_ms,
             "seconds": self.seconds,
             "shape": json.dumps(shape.to_json()),
+            "by_class": list(self.measured.by_class) if status != "running" else [],
             "done": status != "running",
         }
 

@@ -17,6 +17,7 @@ from ray import tune
 from pruners import PrunableViT
 from pruners.learned import Learned
 from search.elastic import ElasticStart, tune_elastic
+from search.finish import finish
 from search.identity import identity
 from search.in_order import InOrder
 from search.learning import LearningRun, learn_all
@@ -24,30 +25,26 @@ from search.lease import hold
 from search.ledger import Ledger
 from search.mlflow_runs import SweepRuns
 from search.moasha import MoAsha
+from search.node_memory import full_nodes_end_actors_only
 from search.progress import Progress, front_line
 from search.recorder import Recorder
 from search.results import (
+    DONE,
     Front,
     TrialRecord,
     build_front,
     read_front,
-    write_front,
-    write_trials,
 )
 from search.searcher import PlanSearcher
-from search.shards import find_shards
+from search.shards import Shards, find_shards
 from search.shared_trial import HEAD, SharedTrial, ray_folder, worker_bundle
 from search.space import Space
-from search.sweep import Sweep, SweepError, SweepFailedError, SweepInterruptedError
+from search.sweep import Sweep, SweepError, SweepInterruptedError
 from search.sweep_toml import sweep_toml
 from search.tracking import Tracker
 from search.trial import PlanTrial
-from search.trial_data import measure_on_test
 from search.trial_inputs import TrialInputs
 from search.writing import writing_to
-
-DONE = "done"
-"""File of a sweep's directory that says that it is finished."""
 
 ELASTIC_PLANS = 256
 """Plans that are drawn for an elastic start; longer ones go through them again."""
@@ -76,13 +73,12 @@ def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) ->
     prepare_directory(sweep)
     with hold(sweep.directory, partial(print, file=stream, flush=True)) as lease:
         ledger = Ledger(sweep, may_write=lease.check)
-        toml = sweep_toml(sweep)
-        runs = SweepRuns.open(
-            sweep.tracking, sweep.directory, sweep.name, toml, lease.check, earlier
-        )
+        runs = SweepRuns.open(sweep, dense.shape(), lease.check, earlier)
         ledger.begin()
         digests = identity(sweep, dense)
         ledger.identify(digests)
+        val = val_shards(sweep)
+        ledger.add_once("classes", names=list(val.classes))
         with closing(Tracker(runs, ledger.journal)) as tracker:
             progress = Progress(stream, trials=sweep.trials, epochs=sweep.epochs)
             space = with_learned(sweep, dense, space, ledger, progress)
@@ -95,16 +91,14 @@ def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) ->
                 identity=digests,
             )
             known = [member.parameters for member in earlier.members] if earlier else []
-            searcher = PlanSearcher(
-                sweep, space, ledger, earlier=known, val_images=val_images(sweep)
-            )
+            searcher = PlanSearcher(sweep, space, ledger, earlier=known, val_images=val.rows)
             run_trials(inputs, searcher, Recorder(ledger, tracker, progress, searcher), concurrent)
             records = list(ledger.records.values())
             if not searcher.finished or any(r.status == "running" for r in records):
                 raise SweepInterruptedError(interrupted_line(sweep, records))
             progress.stopped(searcher.stopped)
             searcher.export_study(sweep.directory / "study.db")
-            return finish(sweep, dense, ledger, tracker)
+            return finish(sweep, dense, digests, ledger, tracker, progress)
 
 
 def earlier_front(sweep: Sweep) -> Front | None:
@@ -121,10 +115,10 @@ def earlier_front(sweep: Sweep) -> Front | None:
         raise SweepError(f"start_from: {error}") from error
 
 
-def val_images(sweep: Sweep) -> int:
-    """Return the number of validation images."""
+def val_shards(sweep: Sweep) -> Shards:
+    """Find the files of the validation images."""
     data = sweep.data
-    return find_shards(data.val, data.image_column, data.label_column).rows
+    return find_shards(data.val, data.image_column, data.label_column)
 
 
 def interrupted_line(sweep: Sweep, records: list[TrialRecord]) -> str:
@@ -230,23 +224,24 @@ def run_trials(
     trainable = PlanTrial if sweep.resources.workers == 1 else SharedTrial
     os.environ |= RAY_SETTINGS
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the recorder says what failed
-    tune.run(
-        tune.with_parameters(trainable, inputs=inputs),
-        name=ray_folder(sweep),
-        storage_path=str(sweep.directory.resolve()),
-        search_alg=searcher,
-        scheduler=scheduler,
-        num_samples=-1,  # the searcher says when there are no more
-        max_concurrent_trials=concurrent,
-        resources_per_trial=tune.PlacementGroupFactory([bundle(sweep)]),
-        reuse_actors=True,
-        callbacks=[recorder],
-        max_failures=0,  # search.retries decides
-        raise_on_failed_trial=False,
-        trial_name_creator=_name,
-        trial_dirname_creator=_name,
-        verbose=0,
-    )
+    with full_nodes_end_actors_only():
+        tune.run(
+            tune.with_parameters(trainable, inputs=inputs),
+            name=ray_folder(sweep),
+            storage_path=str(sweep.directory.resolve()),
+            search_alg=searcher,
+            scheduler=scheduler,
+            num_samples=-1,  # the searcher says when there are no more
+            max_concurrent_trials=concurrent,
+            resources_per_trial=tune.PlacementGroupFactory([bundle(sweep)]),
+            reuse_actors=True,
+            callbacks=[recorder],
+            max_failures=0,  # search.retries decides
+            raise_on_failed_trial=False,
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
+            verbose=0,
+        )
     shutil.rmtree(sweep.directory / ray_folder(sweep), ignore_errors=True)
 
 
@@ -278,51 +273,6 @@ def most_trials_at_once(sweep: Sweep) -> int:
             f"{room}; give less, for example --set resources.workers={room}"
         )
     return room // workers
-
-
-def finish(sweep: Sweep, dense: PrunableViT, ledger: Ledger, tracker: Tracker) -> Front:
-    """Measure the front and the dense model on the test split, once, and write everything down.
-
-    Raises:
-        SweepFailedError: If the dense model could not be measured, so that there is no front, or if
-            a model of the front is no longer what its trial left.
-    """
-    records = dict(ledger.records)
-    failed = next(
-        (r for r in records.values() if r.origin == "dense" and r.status != "dense"), None
-    )
-    if failed is not None:
-        raise SweepFailedError(
-            f"the dense model could not be measured: {failed.reason or failed.status}"
-        )
-    front = build_front(list(records.values()), sweep.cost)
-    measure = ray.remote(measure_on_test).options(
-        num_cpus=sweep.resources.cpu, num_gpus=sweep.resources.gpu, max_retries=sweep.max_failures
-    )
-    names = [front.dense.trial, *(member.trial for member in front.members)]
-    shared = ray.put(dense)
-    pending = {
-        name: measure.remote(sweep.directory.resolve() / records[name].checkpoint, sweep, shared)
-        for name in names
-    }
-    for name, top1 in pending.items():
-        try:
-            records[name] = dataclasses.replace(records[name], test_top1=ray.get(top1))
-        except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None) or error
-            raise SweepFailedError(f"trial {name} could not be tested: {cause}") from error
-    return write_all(sweep, tracker, sorted(records.values(), key=lambda r: r.trial))
-
-
-def write_all(sweep: Sweep, tracker: Tracker, records: list[TrialRecord]) -> Front:
-    """Write the final records and the front, on disk and in MLflow."""
-    front = build_front(records, sweep.cost)
-    with writing_to(sweep.directory):
-        write_trials(sweep.directory / "trials.parquet", records)
-        write_front(sweep.directory / "front.json", front)
-    tracker.finish(front, records)
-    (sweep.directory / DONE).touch()
-    return front
 
 
 def _name(trial: tune.experiment.Trial) -> str:

@@ -115,6 +115,7 @@ trials = 6
 ladder = 2
 alone = 0
 epochs = 1
+register_front = false
 storage = "{folder}/results"
 
 [model]

@@ -34,6 +34,7 @@ from search.teacher import open_answers
 from tests.conftest import SWEEP_TOML, png, random_pixels, write_images
 from tests.fuzz_format import Format, either
 from tests.mutations import ODD, Random, damaged, damaged_json, odd_values
+from tests.search.test_mlflow_runs import TINY_SHAPE, tracked
 from tests.search.test_results import record
 
 SPEC = ImageSpec(size=(6, 4), channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
@@ -171,8 +172,8 @@ def mlflow_notes(folder: Path) -> Format:
     content = path.read_bytes()
 
     def read() -> object:
-        with patch("search.mlflow_runs.MlflowClient"):
-            return SweepRuns.open(None, folder, "a", "")
+        with patch("search.mlflow_runs.mlflow_client"):
+            return SweepRuns.open(tracked(folder), TINY_SHAPE)
 
     def damage(random: Random) -> bytes:
         return resealed(other, lines, random) or content  # without a line, there are new runs

@@ -17,7 +17,8 @@ from torch import Tensor
 from pruners import Plan, PrunableViT, Step, load_method
 from pruners.gates import Learner, LearningData, run
 from pruners.learned import Learned
-from search.digests import file_digest, json_digest
+from search.digests import directory_digest, file_digest, json_digest
+from search.served import read_served
 from search.trial_files import RESULTS, TUNER, TrialFiles
 from tests.fuzz_format import Format, either
 from tests.mutations import Random, damaged, damaged_json, odd_values
@@ -150,6 +151,35 @@ def resealed(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "digest": json_digest(values)}
 
 
+def damaged_sealed(values: dict[str, Any], random: Random) -> bytes:
+    """Damaged values, mostly behind a digest that fits, so that what is in them is read."""
+    content = damaged_json(values, random)
+    try:
+        found = json.loads(content)
+        return json.dumps(resealed(found)).encode() if random.random() < 0.9 else content
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return content
+
+
+def served_note(folder: Path) -> Format:
+    """What is known of an MLflow model; where there is nothing, it is made again."""
+    path, model = folder / "0001.json", folder / "0001"
+    model.mkdir()
+    (model / "MLmodel").write_text("a model")
+    values = {"weights": "abc", "difference": 2e-6, "files": directory_digest(model)}
+    path.write_text(json.dumps(resealed(values)))
+
+    def read() -> object:
+        served = read_served(folder, "0001", "abc")
+        if served is None:
+            raise ValueError(f"{path} is none")
+        return served.reason
+
+    return Format(
+        path=path, damage=partial(damaged_sealed, resealed(values)), read=read, named=str(path)
+    )
+
+
 def trial(folder: Path, name: str) -> Format:
     """What a trial leaves: its results, or the state of its tuner with a digest that fits."""
     files = TrialFiles(folder, {"trial": "0001", "plan": "{}"})
@@ -168,15 +198,6 @@ def trial(folder: Path, name: str) -> Format:
             results.write_text(json.dumps(resealed(values)))
         return files.load()
 
-    def sealed_results(random: Random) -> bytes:
-        """Damaged values, mostly behind a digest that fits, so that what is in them is read."""
-        content = damaged_json(values, random)
-        try:
-            found = json.loads(content)
-            return json.dumps(resealed(found)).encode() if random.random() < 0.9 else content
-        except (ValueError, TypeError, AttributeError, RecursionError):
-            return content
-
     def odd(random: Random) -> bytes:
         stream = io.BytesIO()
         torch.save(odd_values(tuner, random), stream)
@@ -184,6 +205,5 @@ def trial(folder: Path, name: str) -> Format:
 
     damage = either(partial(damaged, content), odd)
     if name == RESULTS:
-        values = json.loads(content)
-        damage = sealed_results
+        damage = partial(damaged_sealed, json.loads(content))
     return Format(path=path, damage=damage, read=read, named=str(path.parent))

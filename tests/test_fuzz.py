@@ -40,6 +40,7 @@ FORMATS: dict[str, Callable[[Path], Format]] = {
     "decoded images": partial(fuzz_files.decoded, suffix=".arrow"),
     "decoded note": partial(fuzz_files.decoded, suffix=".json"),
     "results.json": partial(fuzz_models.trial, name=RESULTS),
+    "served note": fuzz_models.served_note,
     "tuner.pt": partial(fuzz_models.trial, name=TUNER),
 }
 """Format -> what builds it in a folder."""

@@ -106,14 +106,20 @@ class XPruner(LearnedPruner):
             raise TypeError(f"learner is a {type(learner).__name__}; give an XPrunerLearner")
         remove_gates(learner.vit)
         if self.thresholds == "global":
-            return Learned(scores=ranked_together(learner.importance(), learner.masks_per_unit))
+            ranked = ranked_together(learner.importance(), learner.masks_per_unit)
+            return Learned(scores=ranked, by_class=learner.masks_by_class())
         margins = {
             site: learner.standard[site] - learner.thresholds[i]
             for i, site in enumerate(learner.sites)
         }
         removed = learner.removed_macs(learner.gate_values())
         report = {"budget_reached": 1.0 - removed.item()}
-        return Learned(scores=margins, weights=model_tensors(learner.vit), report=report)
+        return Learned(
+            scores=margins,
+            weights=model_tensors(learner.vit),
+            by_class=learner.masks_by_class(),
+            report=report,
+        )
 
 
 class XPrunerLearner(Learner):
@@ -190,6 +196,14 @@ class XPrunerLearner(Learner):
         with torch.no_grad():
             return {
                 site: mask[wanted].sum(0).view(-1, self.masks_per_unit[site]).sum(1).abs()
+                for site, mask in zip(self.sites, self.masks, strict=True)
+            }
+
+    def masks_by_class(self) -> Scores:
+        """Return site -> masks [classes, units], the mean over a head's dims."""
+        with torch.no_grad():
+            return {
+                site: mask.unflatten(1, (-1, self.masks_per_unit[site])).mean(2)
                 for site, mask in zip(self.sites, self.masks, strict=True)
             }
 

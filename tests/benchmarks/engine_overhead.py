@@ -43,7 +43,6 @@ from search.searcher import PlanSearcher
 from search.space import Space
 from search.sweep import Sweep
 from search.sweep_file import load_sweep
-from search.sweep_toml import sweep_toml
 from search.tracking import Tracker
 from search.trial import PlanTrial
 from search.trial_files import model_path
@@ -103,7 +102,7 @@ def run_engine(sweep: Sweep, dense: PrunableViT, space: Space) -> Row:
     """Run a sweep's trials as `python -m search run` does."""
     sweep.directory.mkdir(parents=True)
     ledger = Ledger(sweep)
-    runs = SweepRuns.open(None, sweep.directory, sweep.name, sweep_toml(sweep))
+    runs = SweepRuns.open(sweep, dense.shape())
     tracker = Tracker(runs, ledger.journal)
     progress = Progress(io.StringIO(), trials=sweep.trials, epochs=sweep.epochs)
     searcher = TimedSearcher(sweep, space, ledger)

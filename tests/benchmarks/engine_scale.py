@@ -45,7 +45,6 @@ from search.recorder import Recorder
 from search.searcher import PlanSearcher
 from search.sweep import Sweep
 from search.sweep_file import load_sweep
-from search.sweep_toml import sweep_toml
 from search.tracking import Tracker
 from search.trial_inputs import TrialInputs
 
@@ -177,7 +176,7 @@ def engine_of(by: str, folder: str, trials: int, sampler: str) -> Engine:
     dense, space = check(sweep)
     sweep.directory.mkdir(parents=True)
     ledger = Ledger(sweep)
-    runs = SweepRuns.open(None, sweep.directory, sweep.name, sweep_toml(sweep))
+    runs = SweepRuns.open(sweep, dense.shape())
     tracker = Tracker(runs, ledger.journal)
     searcher = PlanSearcher(sweep, space, ledger)
     assert sweep.halving is not None

@@ -33,6 +33,7 @@ from search.__main__ import main as search
 
 ROOT = Path(__file__).parents[2]
 SETS = ("ladder=2", "alone=0", "halving=false", "concurrency=2", "sampler='random'", "refine=0.0")
+SETS += ("register_front=false",)  # which sends some more for each member of the front
 GPUS = (1, 8, 64, 512)
 DRIVER_MS, DRIVER_KB = 76, 115
 """Per trial of four reports at 5,000 trials: engine_scale.py."""

@@ -66,6 +66,31 @@ def _limit_memory() -> None:
     FineTuner._loss_of = limited  # type: ignore[method-assign]
 
 
+def fill_the_node() -> None:
+    """Let a trial take all memory in its second epoch, once: until Ray ends its process."""
+    AfterImport("pruners.training", _fill)
+
+
+def _fill() -> None:
+    import numpy as np
+
+    from pruners.training import FineTuner
+
+    loss_of, filled = FineTuner._loss_of, Path(os.environ["GPU_NOTES"]) / "filled"
+
+    def hungry(tuner: FineTuner, *others: Any) -> torch.Tensor:
+        if tuner.schedule.last_epoch >= 3 and not filled.exists():
+            filled.touch()
+            taken: list[object] = []
+            while len(taken) < 64:  # as much as 16 GB
+                taken.append(np.ones(1 << 28, np.uint8))
+                time.sleep(0.02)  # Ray looks now and then
+            time.sleep(30)
+        return loss_of(tuner, *others)
+
+    FineTuner._loss_of = hungry  # type: ignore[method-assign]
+
+
 def cpu_for_gpu() -> None:
     """Let trials that get a GPU which exists for Ray alone run on the CPU.
 

@@ -75,6 +75,28 @@ def test_a_trial_that_runs_out_of_memory_takes_smaller_parts(faulty: Faulty) -> 
         assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
 
+def test_a_trial_whose_node_is_full_takes_smaller_parts(faulty: Faulty) -> None:
+    """Ray's memory monitor ends its process, on a Ray that calls the node full early."""
+    folder = faulty.sweep.parent / "full"
+    folder.mkdir()
+    memory = psutil.virtual_memory()
+    full = (memory.total - memory.available + 4e9) / memory.total
+    limits = {"RAY_memory_usage_threshold": f"{full:.3f}", "RAY_memory_monitor_refresh_ms": "50"}
+    own = {**faulty.environment, **limits, "GPU_NOTES": str(folder)}
+    del own["RAY_ADDRESS"]
+    hooked = (sys.executable, "-m", "tests.chaos.driver", "fill_the_node")
+    one = dataclasses.replace(faulty, driver=hooked, environment=own)
+    sets = ["data.batch_size=32", "trials=3", "halving=false", "max_failures=9"]
+    said = one.run("full", *sets, "epochs=3")
+    assert (folder / "filled").exists()
+    assert "goes on elsewhere: its node ran out of memory; batches in 2 parts" in said
+    assert {r["status"] for r in epochs_of(faulty.directory("full")).values()} == {
+        "dense",
+        "finished",
+    }
+    faulty.counts("full")
+
+
 def freeze(process: psutil.Process) -> None:
     """Stop the first thread of a process, as if it waited for a disk that does not answer."""
     attach = 16  # PTRACE_ATTACH takes a thread, and stops it

@@ -315,6 +315,19 @@ def test_what_a_run_is_given() -> None:
     assert (sweep.tracking, sweep.start_from) == ("http://memory", None)
 
 
+def test_the_runs_of_a_schedule_are_versions_of_one_model() -> None:
+    world = World()
+    jobs = [*world.due(NOON).submitted]
+    world.cluster.end()
+    jobs += world.due(NOON + HOUR).submitted
+    sweeps = [load_sweep(SWEEP, world.cluster.overrides[job]) for job in jobs]
+    assert len({sweep.name for sweep in sweeps}) == 2
+    assert [sweep.model_name for sweep in sweeps] == ["s", "s"]
+    named = World(overrides=(STORAGE, 'registered_model="mine"'))
+    (job,) = named.due(NOON).submitted
+    assert load_sweep(SWEEP, named.cluster.overrides[job]).model_name == "mine"
+
+
 def test_a_run_starts_from_the_last_one_that_finished() -> None:
     world = World(start_from_last=True)
     starts = []

@@ -15,6 +15,7 @@ from cluster.schedules import Claim, Record, Schedule, run_name
 from cluster.slots import Slots
 from search.mlflow_runs import SweepRuns
 from search.sweep import SweepError
+from tests.search.test_mlflow_runs import TINY_SHAPE, tracked
 
 NOON = datetime(2026, 11, 25, 12, tzinfo=UTC)
 HOUR, MINUTE = timedelta(hours=1), timedelta(minutes=1)
@@ -208,7 +209,8 @@ def test_a_sweep_logs_into_the_experiment_of_its_slot(
 ) -> None:
     claim = Slots(uri).claim(schedule, NOON, NOON)
     assert claim is not None
-    runs = SweepRuns.open(uri, tmp_path, claim.name, "trials = 2")
+    (tmp_path / claim.name).mkdir()
+    runs = SweepRuns.open(tracked(tmp_path / claim.name, uri), TINY_SHAPE)
     client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment(runs.experiment)
     assert runs.experiment == claim.experiment

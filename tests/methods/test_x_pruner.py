@@ -270,6 +270,20 @@ def test_global_ranking_takes_one_cutoff_and_no_weights(tiny, batches) -> None:
     assert all(k.min() >= limit or len(k) == 1 for k in kept)
 
 
+@pytest.mark.parametrize("thresholds", ["learned", "global"])
+def test_masks_by_class_are_what_the_ranking_sums(thresholds: str, tiny, batches) -> None:
+    vit = tiny()
+    method = load_method("x_pruner", thresholds=thresholds, mask_epochs=2, epochs=1)
+    learned = method.learn(vit, LearningData.of(batches))
+    assert learned.by_class.keys() == learned.scores.keys()
+    for site, masks in learned.by_class.items():
+        assert masks.shape == (5, len(learned.scores[site]))
+        assert masks.std(0).max() > 0.0  # classes differ
+        order = masks.sum(0).abs()
+        low, high = order.argmin(), order.argmax()
+        assert learned.scores[site][low] < learned.scores[site][high]
+
+
 def test_second_differences_do_not_cross_heads() -> None:
     mask = torch.tensor([[0.0, 1.0, 2.0, 9.0, 7.0, 5.0], [1.0] * 6])
     assert not second_difference(mask, 3, "units").any()

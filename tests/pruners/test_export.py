@@ -45,6 +45,7 @@ def test_onnx_file_is_one_and_says_what_it_takes(tiny, tmp_path) -> None:
     vit.mean, vit.std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
     write_onnx(vit, tmp_path / "model.onnx")
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+    assert b"site-packages" not in (tmp_path / "model.onnx").read_bytes()  # no path of this machine
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     (given,), (returned,) = session.get_inputs(), session.get_outputs()
     assert (given.name, given.type, given.shape[1:]) == ("images", "tensor(float)", [3, 24, 16])

@@ -48,6 +48,8 @@ def test_what_was_learned_survives_saving_and_weights_can_be_left(tiny, batches,
     assert again.report == learned.report
     assert all(torch.equal(again.scores[s], learned.scores[s]) for s in learned.scores)
     assert set(again.weights) == set(vit.vit.state_dict())
+    assert again.by_class.keys() == learned.by_class.keys() == learned.scores.keys()
+    assert all(torch.equal(again.by_class[s], masks) for s, masks in learned.by_class.items())
     kept = load_method("x_pruner", mask_epochs=1, epochs=1, keep_weights=False).learn(vit, data)
     assert not kept.weights
     (tmp_path / "torn.safetensors").write_bytes(b"no such file")

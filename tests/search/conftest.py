@@ -1,8 +1,21 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from pruners import PrunableViT
+from search.results import TrialRecord
+from search.served import Served, make_served
+from search.sweep import Sweep
+from search.sweep_file import load_sweep
+from search.trial_files import TrialFiles, model_path
+from tests.conftest import build_tiny, write_sweep
+from tests.pruners.test_export import cut
+from tests.search.test_results import record
+from tests.search.test_shards import features, write_classes
+from tests.search.test_trial_files import CONFIG
 
 MINIMAL = """
 name = "a"
@@ -20,3 +33,29 @@ def minimal(tmp_path: Path) -> Path:
     path = tmp_path / "a.toml"
     path.write_text(MINIMAL)
     return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """The MLflow model of one trial, made for real, and what it was made of."""
+
+    sweep: Sweep
+    member: TrialRecord
+    vit: PrunableViT
+    served: Served
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Its model is pruned in every way; the validation images have names for their classes."""
+    folder = tmp_path_factory.mktemp("made")
+    sweep = load_sweep(write_sweep(folder))
+    write_classes(folder / "val.parquet", features(["a", "b", "c", "d", "e"]))
+    vit = cut(build_tiny(patch_size=4))
+    vit.mean, vit.std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+    results = [{"epoch": 1, "status": "finished", "val_top1": 61.5}]
+    TrialFiles(sweep.directory, CONFIG).save(vit, results, None, 1.0)
+    member = record("0007", 0.5, 61.5, checkpoint=model_path("0007", 1))
+    served = make_served(sweep, member, 0.45, {"model": "aa", "data.val": "bb"}, 59.25)
+    vit = PrunableViT.load(sweep.directory / member.checkpoint).eval()
+    return Made(sweep=sweep, member=member, vit=vit, served=served)

@@ -78,14 +78,16 @@ def test_class_names_of_the_schema_count(statistics: bool, sweep_file: Path) -> 
     names = {"info": {"features": {"label": {"names": ["a", "b", "c"], "_type": "ClassLabel"}}}}
     table = table.replace_schema_metadata({"huggingface": json.dumps(names)})
     pq.write_table(table, path, write_statistics=statistics, row_group_size=7)
-    assert label_range(find_shards(str(path))) == (3, 0, 4)
+    assert label_range(find_shards(str(path))) == (0, 4)
+    assert find_shards(str(path)).classes == ("a", "b", "c")
     with pytest.raises(SweepError, match=r"data\.test has 3 classes and the model's head has 5"):
         check(load_sweep(sweep_file))
 
 
 def test_label_range_without_names(tmp_path: Path) -> None:
     path = write_images(tmp_path / "a.parquet", [b""] * 4, [3, 1, 2, 1], group=2)
-    assert label_range(find_shards(str(path))) == (None, 1, 3)
+    assert label_range(find_shards(str(path))) == (1, 3)
+    assert find_shards(str(path)).classes == ()
 
 
 def test_damaged_statistics_do_not_end_the_process(tmp_path: Path) -> None:

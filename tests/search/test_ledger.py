@@ -68,6 +68,26 @@ def test_seconds_between_drivers_do_not_count(sweep: Sweep) -> None:
     assert [*seconds, Ledger(sweep).seconds] == [0.0, 30.0, 37.0, 37.0]
 
 
+def test_a_record_knows_what_the_sweep_had_spent(sweep: Sweep) -> None:
+    ledger = Ledger(sweep)
+    ledger.add_once("classes", names=["cat", "dog"])
+    for trial in (DENSE, trial_of("0001"), trial_of("0002")):
+        ledger.ask(trial.config)
+    ledger.report(result(DENSE, 80.0))  # measured, not tuned
+    ledger.end("0000", "dense", "")
+    for epoch in range(3):
+        for name in ("0001", "0002"):
+            ledger.report(result(trial_of(name), 60.0, epoch, "running"))
+    ledger.end("0001", "finished", "")
+    ledger.report(result(trial_of("0002"), 61.0, 3))
+    ledger.end("0002", "finished", "")
+    for one in (ledger, Ledger(sweep)):
+        assert [one.records[name].spent for name in ("0000", "0001", "0002")] == [0, 4, 5]
+        assert one.records["0002"].by_class == [61.0, None]
+        assert one.growing.front is not None
+        assert one.growing.front.classes == ("cat", "dog")
+
+
 def test_a_result_that_is_not_finite_is_kept_as_it_was(sweep: Sweep) -> None:
     ledger = Ledger(sweep)
     ledger.ask(trial_of("0001").config)

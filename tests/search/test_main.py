@@ -21,6 +21,9 @@ from search.__main__ import main
             "option 'fus' of evit",
         ),
         (["show", "{folder}"], "front.json does not exist"),
+        (["report", "{folder}", "--out", "{folder}/x.html"], "front.json does not exist"),
+        (["compare", "{folder}", "{folder}/x"], "front.json does not exist"),
+        (["compare", "{folder}"], "give two directories or more"),
         (["export", "{folder}", "--trial", "0001", "--out", "x"], "trials.parquet does not exist"),
     ],
 )
@@ -40,4 +43,5 @@ def test_help_names_the_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["--help"])
     assert end.value.code == 0
-    assert all(verb in capsys.readouterr().out for verb in ("run",))
+    shown = capsys.readouterr().out
+    assert all(verb in shown for verb in ("run", "show", "report", "compare", "export"))

@@ -2,25 +2,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from PIL import Image
 
 from search.ledger import METRICS
 from search.mlflow_runs import SweepRuns, local_uri, trial_params, ui_command
-from search.results import Front, TrialRecord, build_front
-from search.sweep import SweepError
+from search.results import TrialRecord, build_front
+from search.sweep import Budget, DataSpec, ModelSpec, StepSpec, Sweep, SweepError
+from tests.conftest import build_tiny
 from tests.search.test_results import DENSE, record
 
-SHAPE = {
-    "dim": 8,
-    "blocks": [{"tokens": 5, "mlp_tokens": 5, "heads": 2, "qk_dim": 4, "v_dim": 4, "hidden": 16}],
-    "nonzero": {},
-}
+TINY_SHAPE = build_tiny().shape()
+SHAPE = TINY_SHAPE.to_json()
 
 
 def asked(r: TrialRecord, at: int = 1_000) -> dict[str, Any]:
@@ -38,6 +38,7 @@ def asked(r: TrialRecord, at: int = 1_000) -> dict[str, Any]:
 
 def epoch(r: TrialRecord, number: int, top1: float, at: int = 1_001) -> dict[str, Any]:
     result = dict.fromkeys(METRICS, 0.5) | {"val_top1": top1, "trial": r.trial, "epoch": number}
+    result["shape"] = json.dumps(SHAPE)
     return {"event": "epoch", "time": at, "result": result}
 
 
@@ -53,13 +54,28 @@ def log(runs: SweepRuns, events: Iterable[dict[str, Any]]) -> None:
         runs.again = False
 
 
+def tracked(directory: Path, tracking: str | None = None) -> Sweep:
+    """A sweep of a directory."""
+    return Sweep(
+        name=directory.name,
+        storage=str(directory.parent),
+        tracking=tracking,
+        model=ModelSpec(path="vit.safetensors"),
+        data=DataSpec(train="train", val="val", test="test"),
+        steps=(StepSpec(method="grouped"),),
+        budget=Budget(low=0.3, high=0.9),
+        trials=5,
+        epochs=2,
+    )
+
+
 def opened(directory: Path) -> SweepRuns:
-    return SweepRuns.open(None, directory, "my sweep", 'name = "my sweep"\n')
+    return SweepRuns.open(tracked(directory), TINY_SHAPE)
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("sweep")
+    return tmp_path_factory.mktemp("my-sweep")
 
 
 @pytest.fixture(scope="module")
@@ -93,15 +109,15 @@ def client(directory: Path) -> MlflowClient:
     return MlflowClient(tracking_uri=local_uri(directory))
 
 
-def runs(client: MlflowClient, query: str = "") -> dict[str, object]:
-    experiment = client.get_experiment_by_name("my sweep")
+def runs(client: MlflowClient, query: str = "", experiment: str = "my-sweep0") -> dict[str, object]:
+    experiment = client.get_experiment_by_name(experiment)
     return {r.info.run_name: r for r in client.search_runs([experiment.experiment_id], query)}
 
 
 def test_a_parent_and_its_children(client: MlflowClient) -> None:
     found = runs(client)
     assert len(found) == 6
-    parent = found.pop("my sweep")
+    parent = found.pop("my-sweep0")
     assert {r.data.tags["mlflow.parentRunId"] for r in found.values()} == {parent.info.run_id}
     assert "0002 grouped 0.50x" in found
 
@@ -127,23 +143,29 @@ def test_params_are_readable(client: MlflowClient) -> None:
 
 
 def test_the_parent_holds_the_front(client: MlflowClient, directory: Path) -> None:
-    parent = runs(client)["my sweep"]
+    parent = runs(client)["my-sweep0"]
     history = client.get_metric_history(parent.info.run_id, "hypervolume")
     assert [(m.step, round(m.value, 2)) for m in history] == [
         *((2, 0.24), (3, 0.23), (4, 0.24), (5, 0.25))
     ]
     assert parent.data.metrics["learning_seconds"] == 24.0
+    assert parent.data.params["steps"] == "grouped"
+    assert parent.data.params["budget"] == "0.3 to 0.9"
     names = {f.path for f in client.list_artifacts(parent.info.run_id)}
     assert names == {
         *("sweep.toml", "learned.json", "elastic.json"),
-        *("front.json", "front.html", "front.png", "kept.png"),
+        *("front.json", "front.html", "front.png", "hypervolume.png", "kept.png", "methods.png"),
     }
     front = json.loads(
         Path(client.download_artifacts(parent.info.run_id, "front.json")).read_text()
     )
     assert [m["trial"] for m in front["front"]] == ["0003", "0002"]
     assert [m["test_top1"] for m in front["front"]] == [40.0, 70.0]
-    assert "| 0002 grouped 0.50x | 70.0 | 70.0 |" in parent.data.tags["mlflow.note.content"]
+    member = runs(client)["0002 grouped 0.50x"].info
+    link = f"#/experiments/{member.experiment_id}/runs/{member.run_id}"
+    note = parent.data.tags["mlflow.note.content"]
+    assert f"| [0002 grouped 0.50x]({link}) | 70.0 | 70.0 |" in note
+    assert "| failed | 1 | epoch 1: loss is nan |" in note
     assert parent.info.status == "FINISHED"
 
 
@@ -151,6 +173,13 @@ def test_the_plan_is_kept_as_json(client: MlflowClient) -> None:
     run = runs(client)["0001 grouped 0.60x"]
     plan = json.loads(Path(client.download_artifacts(run.info.run_id, "plan.json")).read_text())
     assert plan == record("0001", 0.6, 60.0).plan
+
+
+def test_the_plan_is_kept_as_a_picture(client: MlflowClient) -> None:
+    run = runs(client)["0001 grouped 0.60x"]
+    path = Path(client.download_artifacts(run.info.run_id, "plan.png"))
+    assert np.asarray(Image.open(path).convert("L")).std() > 5  # not blank
+    assert path.stat().st_size < 1_000_000
 
 
 def test_the_dense_models_test_accuracy_is_not_logged_twice(client: MlflowClient) -> None:
@@ -222,7 +251,7 @@ def test_the_tags_of_a_front_follow_it_past_a_killed_driver(tmp_path: Path) -> N
     log(again, [asked(better)])
     records = [shaped, first, better]
     again.show(build_front(records, "effective_gmacs"), records)
-    assert set(runs(again.client, "tags.front = 'true'")) == {better.name}
+    assert set(runs(again.client, "tags.front = 'true'", tmp_path.name)) == {better.name}
 
 
 def test_what_mlflow_refuses_is_raised(tmp_path: Path) -> None:
@@ -235,34 +264,7 @@ def test_what_mlflow_refuses_is_raised(tmp_path: Path) -> None:
 
 def test_a_server_that_is_not_there_is_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(SweepError, match=r"tracking = 'http://127\.0\.0\.1:9': .*give a server"):
-        SweepRuns.open("http://127.0.0.1:9", tmp_path, "my sweep", "")
-
-
-def test_pictures_are_drawn_once_in_a_while(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The front changes with each trial; a picture takes long."""
-    drawn: list[int] = []
-    now = [0.0]
-
-    def slowly(front: Front, records: Sequence[TrialRecord]) -> str:
-        drawn.append(len(records))
-        now[0] += 10.0
-        return ""
-
-    monkeypatch.setattr("search.mlflow_runs.front_html", slowly)
-    sweep_runs = opened(tmp_path)
-    monkeypatch.setattr("search.mlflow_runs.time.monotonic", lambda: now[0])
-    records = [dataclasses.replace(DENSE, shape=SHAPE)]
-    log(sweep_runs, [asked(records[0])])
-    for number, later in enumerate((0.0, 100.0, 89.0, 2.0), 1):
-        now[0] += later
-        records.append(record(f"{number:04d}", 1.0 - 0.1 * number, 50.0, shape=SHAPE))
-        log(sweep_runs, [asked(records[-1])])
-        sweep_runs.show(build_front(records, "effective_gmacs"), list(records))
-    assert drawn == [2, 5]  # 190 s after the first, which took 10 s
-    sweep_runs.close(build_front(records, "effective_gmacs"), records)
-    assert drawn == [2, 5, 5]
+        SweepRuns.open(tracked(tmp_path, "http://127.0.0.1:9"), TINY_SHAPE)
 
 
 def test_params_stay_within_what_mlflow_takes() -> None:

@@ -84,6 +84,7 @@ def result(trial: Any, top1: float, epoch: int = 0, status: str = "finished") ->
         "effective_gmacs": ratio,
         "params": 1000,
         "shape": json.dumps({"blocks": []}),
+        "by_class": [top1, None],
     }
 
 

@@ -65,15 +65,19 @@ def test_trials_round_trip(tmp_path) -> None:
 
 def test_front_round_trip(tmp_path) -> None:
     front = build_front(
-        [DENSE, record("0001", 0.7, 75.0), record("0002", 0.4, 60.0)], "effective_gmacs"
+        [DENSE, record("0001", 0.7, 75.0), record("0002", 0.4, 60.0, by_class=[1.0, None])],
+        "effective_gmacs",
+        ("cat", "dog"),
     )
     write_front(tmp_path / "front.json", front)
     again = read_front(tmp_path / "front.json")
     assert isinstance(again, Front)
     assert [m.trial for m in again.members] == ["0002", "0001"]
     assert again.hypervolume == front.hypervolume
+    assert again.classes == ("cat", "dog")
+    assert again.members[0].by_class == [1.0, None]
     values = json.loads((tmp_path / "front.json").read_text())
-    assert set(values) == {"cost", "hypervolume", "reference", "dense", "front"}
+    assert set(values) == {"cost", "hypervolume", "reference", "classes", "dense", "front"}
     wanted = {
         "trial",
         "val_top1",

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from search.sweep import SweepError
 from search.sweep_file import load_sweep
+from search.sweep_toml import sweep_toml
 
 
 def test_defaults(minimal: Path) -> None:
@@ -85,3 +86,28 @@ def test_a_process_trains_on_one_gpu(resources: str, message: str, minimal: Path
     with pytest.raises(SweepError, match=message):
         load_sweep(minimal, [f"resources={resources}"])
     assert load_sweep(minimal, ["resources={gpu=1, workers=4}"]).resources.workers == 4
+
+
+def test_versions_are_registered_by_the_sweeps_name_unless_it_says_otherwise(minimal: Path) -> None:
+    sweep = load_sweep(minimal)
+    assert (sweep.model_name, sweep.register_front) == ("a", True)
+    assert sweep.alias_budgets == (0.25, 0.5, 0.75)
+    assert load_sweep(minimal, ['registered_model="deit-small"']).model_name == "deit-small"
+    off = load_sweep(minimal, ["register_front=false", "alias_budgets=[]"])
+    assert (off.register_front, off.alias_budgets) == (False, ())
+    minimal.write_text(sweep_toml(off))
+    assert load_sweep(minimal) == off
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ('registered_model="a/b"', "registered_model is 'a/b'; string should match"),
+        ("registered_model=false", "registered_model is False; input should be a valid string"),
+        ("alias_budgets=[0.5, 1.0]", r"alias_budgets\.1 is 1\.0; input should be less than 1"),
+        ("alias_budgets=[0.0]", r"alias_budgets\.0 is 0\.0; input should be greater than 0"),
+    ],
+)
+def test_impossible_registrations_are_refused(setting: str, message: str, minimal: Path) -> None:
+    with pytest.raises(SweepError, match=message):
+        load_sweep(minimal, [setting])

@@ -95,6 +95,7 @@ def test_the_dense_trial_only_measures(inputs, configs) -> None:
     images = open_split(inputs.sweep, inputs.dense, "val")
     expected = evaluate(inputs.dense, images.batches(256, seed=None, augment=False))
     assert result["val_top1"] == expected.top1
+    assert result["by_class"] == list(expected.by_class)
     assert (result["cost_ratio"], result["density"], result["status"]) == (1.0, 1.0, "finished")
 
 

@@ -20,7 +20,9 @@ from pruners.evaluation import evaluate
 from search.__main__ import main
 from search.change import change
 from search.check import check
+from search.journal import Journal
 from search.mlflow_runs import local_uri
+from search.progress import cost_ratio
 from search.results import read_front, read_trials
 from search.shared_trial import HEAD
 from search.sweep import SweepError
@@ -38,10 +40,20 @@ def states(directory: Path) -> list[TrialState]:
     return [t.state for t in optuna.load_study(study_name="tiny", storage=storage).trials]
 
 
+BEST_UNDER = {0.25: "best-under-25", 0.5: "best-under-50", 0.75: "best-under-75"}
+
+
+def identity_of(directory: Path) -> dict[str, str]:
+    events = Journal(directory / "ledger.jsonl").read()
+    return next(dict(event["digests"]) for event in events if event["event"] == "identity")
+
+
 def test_a_sweep_from_command_to_front(
     sweep_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["run", str(sweep_file), "--set", "trials=7"]) == 0
+    command = ["run", str(sweep_file), "--set", "trials=7"]
+    command += ["register_front=true", 'registered_model="kept"']
+    assert main(command) == 0
     shown = capsys.readouterr().out
     directory = sweep_file.parent / "results" / "tiny"
     records = read_trials(directory / "trials.parquet")
@@ -81,21 +93,37 @@ def test_a_sweep_from_command_to_front(
     assert {run.data.tags["trial"] for run in marked} == set(members)
     assert len(client.search_runs([experiment])) == 8
 
+    # Its front is registered, and verified; a person may approve a member.
+    versions = client.search_model_versions("name = 'kept'")
+    assert sorted(v.tags["trial"] for v in versions) == sorted(members)
+    assert all(v.tags["verified"] == "true" for v in versions)
+    assert {float(v.tags["test_top1"]) for v in versions} == {m.test_top1 for m in front.members}
+    assert {v.tags["data.val"] for v in versions} == {identity_of(directory)["data.val"]}
+    cheapest = cost_ratio(front, front.members[0])
+    named = {alias for share, alias in BEST_UNDER.items() if cheapest <= share}
+    assert client.get_registered_model("kept").aliases.keys() == named
+    assert "registered as versions of kept: 1 (" in shown
+    promote = ["promote", "kept", "1", "--tracking", str(directory)]
+    assert main(promote) == 0
+    assert "approved version 1 of kept: trial " in capsys.readouterr().out
+
     # Running it again shows it; another sweep of the same name is refused.
     before = (directory / "front.json").read_bytes()
-    assert main(["run", str(sweep_file), "--set", "trials=7"]) == 0
+    assert main(command) == 0
     assert "holds this sweep, finished" in capsys.readouterr().out
     assert (directory / "front.json").read_bytes() == before
-    assert main(["run", str(sweep_file), "--set", "trials=9"]) == 2
+    assert main([*command, "trials=9"]) == 2
     assert "holds another sweep of this name" in capsys.readouterr().err
     assert main(["show", str(directory)]) == 0
     assert "Front of top-1" in capsys.readouterr().out
 
     # A driver that was killed while it measured the front on test has no trial left to run.
     (directory / "done").unlink()
-    assert main(["run", str(sweep_file), "--set", "trials=7"]) == 0
+    assert main(command) == 0
     assert (directory / "front.json").read_bytes() == before
     assert len(client.search_runs([experiment])) == 8
+    assert len(client.search_model_versions("name = 'kept'")) == len(members)
+    assert str(client.get_registered_model("kept").aliases["approved"]) == "1"
     assert (directory / "done").exists()
 
     # An exported model opens and is as good as the front says.

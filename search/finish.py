@@ -1,0 +1,92 @@
+"""The end of a sweep: its front is measured on test, written down, and registered."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import ray
+
+from pruners import PrunableViT
+from search.ledger import Ledger
+from search.progress import Progress
+from search.registry import Registration
+from search.results import (
+    DONE,
+    Front,
+    TrialRecord,
+    build_front,
+    write_front,
+    write_trials,
+)
+from search.serving import served_models, start_serving
+from search.sweep import Sweep, SweepFailedError
+from search.tracking import Tracker
+from search.trial_data import measure_on_test
+from search.writing import writing_to
+
+
+def finish(
+    sweep: Sweep,
+    dense: PrunableViT,
+    digests: dict[str, str],
+    ledger: Ledger,
+    tracker: Tracker,
+    progress: Progress,
+) -> Front:
+    """Measure the front and the dense model on the test split, once, and write everything down.
+
+    Raises:
+        SweepFailedError: If the dense model could not be measured, so that there is no front, or if
+            a model of the front is no longer what its trial left.
+    """
+    records = dict(ledger.records)
+    failed = next(
+        (r for r in records.values() if r.origin == "dense" and r.status != "dense"), None
+    )
+    if failed is not None:
+        raise SweepFailedError(
+            f"the dense model could not be measured: {failed.reason or failed.status}"
+        )
+    front = build_front(list(records.values()), sweep.cost)
+    measure = ray.remote(measure_on_test).options(
+        num_cpus=sweep.resources.cpu, num_gpus=sweep.resources.gpu, max_retries=sweep.max_failures
+    )
+    names = [front.dense.trial, *(member.trial for member in front.members)]
+    shared = ray.put(dense)
+    pending = {
+        name: measure.remote(sweep.directory.resolve() / records[name].checkpoint, sweep, shared)
+        for name in names
+    }
+    serving = start_serving(sweep, front, pending, digests) if sweep.register_front else {}
+    for name, top1 in pending.items():
+        try:
+            records[name] = dataclasses.replace(records[name], test_top1=ray.get(top1))
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None) or error
+            raise SweepFailedError(f"trial {name} could not be tested: {cause}") from error
+    served, unserved = served_models(serving)
+    tested = sorted(records.values(), key=lambda r: r.trial)
+    registration = Registration(
+        model=sweep.model_name,
+        sweep=sweep.name,
+        front=build_front(tested, sweep.cost, ledger.growing.classes),
+        served=served,
+        failed=unserved,
+        digests=digests,
+        budgets=sweep.alias_budgets,
+    )
+    write_all(sweep, tracker, tested, registration)
+    progress.registered(registration.lines())
+    return registration.front
+
+
+def write_all(
+    sweep: Sweep, tracker: Tracker, records: list[TrialRecord], registration: Registration
+) -> None:
+    """Write the final records and the front, on disk and in MLflow."""
+    front = registration.front
+    with writing_to(sweep.directory):
+        write_trials(sweep.directory / "trials.parquet", records)
+        write_front(sweep.directory / "front.json", front)
+    tracker.finish(front, records, registration.steps())
+    (sweep.directory / DONE).touch()

@@ -1,0 +1,23 @@
+"""MLflow's client, as this package uses it: it neither prints nor repeats anything by itself."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from mlflow.tracking import MlflowClient
+
+
+def mlflow_client(uri: str) -> MlflowClient:
+    """Return a client of a tracking store, whose registry is there as well.
+
+    Raises:
+        MlflowException: If it is a database that cannot be opened.
+    """
+    # What goes wrong is said by whoever asks, in a line.
+    for noisy in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    # Who asks repeats what failed, and looks first whether it was done.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)

@@ -1,0 +1,228 @@
+"""Members of a front as MLflow models, for whoever has neither this project's code nor torch.
+
+Each is a directory below the sweep's: an ONNX file that MLflow itself loads, with signature, input
+example and metadata; as extra files, what `PrunableViT.load` opens. Nothing in it is pickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow.onnx
+import numpy as np
+import onnx
+import torch
+from mlflow.models import ModelSignature
+from mlflow.types import Schema, TensorSpec
+from torch import Tensor
+
+from pruners import PrunableViT
+from pruners.checkpoint import SHAPE, WEIGHTS, replace_file
+from pruners.export import OUTPUT, onnx_difference, write_onnx
+from search.digests import directory_digest, file_digest, json_digest
+from search.results import TrialRecord
+from search.sweep import Sweep
+from search.trial_data import open_split
+from search.trial_files import check_model
+from search.writing import writing_to
+
+SERVED = "served"
+"""Folder of a sweep's directory that holds a folder and a note for each member."""
+
+ONNX = "model.onnx"
+"""The file in such a folder that is served, as `mlflow.onnx` names it."""
+
+EXAMPLES = 2
+"""Validation images in the input example, which is text: 3 MB for one of 3 x 224 x 224."""
+
+COMPARED = 16
+"""Validation images whose logits are compared with PyTorch's.
+
+What is wrong with a file shows in any image. More of them are more chances for two tokens whose
+scores are equal but for rounding to change places, which changes the logits and is no mistake.
+"""
+
+TOLERANCE = 1e-4
+"""How far logits may be from PyTorch's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """The MLflow model of a trial.
+
+    Attributes:
+        trial: The trial.
+        directory: The model.
+        digest: SHA-256 of its files, as they were when it was compared.
+        difference: Largest absolute difference between its logits in onnxruntime and PyTorch's.
+    """
+
+    trial: str
+    directory: Path
+    digest: str
+    difference: float
+
+    @property
+    def verified(self) -> bool:
+        """Whether it computes what the trial's model does; not if a logit is not finite."""
+        return self.difference <= TOLERANCE
+
+    @property
+    def reason(self) -> str:
+        """Why it is not verified; empty if it is."""
+        if self.verified:
+            return ""
+        return (
+            f"its logits in onnxruntime are {self.difference:.2g} from PyTorch's, "
+            f"more than {TOLERANCE:g}"
+        )
+
+
+def make_served(
+    sweep: Sweep,
+    member: TrialRecord,
+    cost_ratio: float,
+    digests: Mapping[str, str],
+    test_top1: float,
+) -> Served:
+    """Make the MLflow model of a member of the front, unless it is there.
+
+    Args:
+        sweep: The sweep, whose directory all nodes see.
+        member: The member.
+        cost_ratio: What it costs as a share of what the dense model does.
+        digests: SHA-256 of the dense model and of each split, by the sweep's keys.
+        test_top1: Percent.
+
+    Raises:
+        ValueError: If the trial's model is not what was left, or too large for an ONNX file.
+        SweepFailedError: If the sweep's directory cannot be written to.
+    """
+    source = sweep.directory.resolve() / member.checkpoint
+    check_model(source)
+    folder, weights = sweep.directory.resolve() / SERVED, file_digest(source / WEIGHTS)
+    if (found := read_served(folder, member.trial, weights)) is not None:
+        return found
+    torch.set_num_threads(max(1, int(sweep.resources.cpu)))
+    vit = PrunableViT.load(source).eval()
+    split = open_split(sweep, vit, "val")
+    images, _ = next(split.batches(COMPARED, seed=None, augment=False))
+    measured = measurements(dataclasses.replace(member, test_top1=test_top1))
+    metadata = {
+        **measured,
+        "sweep": sweep.name,
+        "plan_line": member.plan_line,
+        "cost": sweep.cost,
+        "cost_ratio": cost_ratio,
+        "gmacs": member.gmacs,
+        "effective_gmacs": member.effective_gmacs,
+        "params": member.params,
+        "mean": list(vit.mean or ()),
+        "std": list(vit.std or ()),
+        "digests": dict(digests),
+    }
+    if names := split.shards.classes:
+        metadata["classes"] = list(names)
+    with writing_to(folder):
+        folder.mkdir(exist_ok=True)
+        for left in folder.glob(f".{member.trial}.*"):  # by a process that was killed
+            shutil.rmtree(left)
+        temporary = folder / f".{member.trial}.{os.uname().nodename}.{os.getpid()}"
+        _write(temporary, vit, images[:EXAMPLES], measured, metadata)
+        difference = onnx_difference(temporary / ONNX, vit, images)
+        note = {"weights": weights, "difference": difference, "files": directory_digest(temporary)}
+        shutil.rmtree(folder / member.trial, ignore_errors=True)
+        os.replace(temporary, folder / member.trial)
+        sealed = json.dumps({**note, "digest": json_digest(note)})
+        replace_file(_note(folder, member.trial), lambda path: path.write_text(sealed))
+    return _served(folder, member.trial, note)
+
+
+def read_served(folder: Path, trial: str, weights: str) -> Served | None:
+    """Return the MLflow model of a trial; None if none of these weights is there, whole.
+
+    Args:
+        folder: Where the models of the sweep lie.
+        trial: The trial.
+        weights: SHA-256 of the file of its weights.
+    """
+    try:
+        note = json.loads(_note(folder, trial).read_text())
+        if note.pop("digest") != json_digest(note) or note["weights"] != weights:
+            return None
+        served = _served(folder, trial, note)
+    except _DAMAGE:
+        return None
+    return served if directory_digest(served.directory) == served.digest else None
+
+
+_DAMAGE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
+"""What reading a note raises that is absent, or not what was written."""
+
+
+def measurements(record: TrialRecord) -> dict[str, Any]:
+    """Return what the `shape.json` of an exported model says of its trial."""
+    return {
+        "trial": record.trial,
+        "plan": record.plan,
+        "val_top1": record.val_top1,
+        "test_top1": record.test_top1,
+        "images_per_s": record.images_per_s,
+        "epochs": record.epochs,
+    }
+
+
+def _write(
+    directory: Path,
+    vit: PrunableViT,
+    examples: Tensor,
+    measured: dict[str, Any],
+    metadata: dict[str, Any],
+) -> None:
+    """Write an MLflow model; `examples` [B, channels, height, width] are its input example."""
+    shape = vit.shape()
+    inputs = TensorSpec(np.dtype(np.float32), (-1, shape.channels, *shape.image))
+    outputs = TensorSpec(np.dtype(np.float32), (-1, shape.classes), OUTPUT)
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f"{directory.name}.") as parts:
+        vit.save(Path(parts), measured)
+        write_onnx(vit, Path(parts) / ONNX)
+        mlflow.onnx.save_model(
+            onnx.load(Path(parts) / ONNX),
+            directory,
+            signature=ModelSignature(Schema([inputs]), Schema([outputs])),
+            input_example=examples.numpy(),
+            pip_requirements=mlflow.onnx.get_default_pip_requirements(),  # else it tries them out
+            onnx_execution_providers=["CPUExecutionProvider"],
+            metadata=metadata,
+            save_as_external_data=False,
+            extra_files=[str(Path(parts) / name) for name in (WEIGHTS, SHAPE)],
+        )
+
+
+def _note(folder: Path, trial: str) -> Path:
+    return folder / f"{trial}.json"
+
+
+def _served(folder: Path, trial: str, note: Mapping[str, Any]) -> Served:
+    return Served(
+        trial=trial,
+        directory=folder / trial,
+        digest=str(note["files"]),
+        difference=float(note["difference"]),
+    )
