@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from pruners.shape import BlockShape, ViTShape
+from pruners.timing import seconds_in_turn
 from pruners.tokens import FrontReducer, Tokens
 from pruners.vit import PrunableViT
 
@@ -165,7 +165,8 @@ def measure_latency(
     parts: list[Callable[[], object]] = [lambda: vit.classify(_outer(vit, images))]
     for front in (selector, *(vit.blocks[index] for index in examples)):
         parts += [_call(front, Tokens(x)) for x in streams]
-    seconds = [t / batch for t in _medians(parts, device, rounds, warmup)]
+    times = seconds_in_turn(parts, rounds=rounds, warmup=warmup, device=device)
+    seconds = [statistics.median(taken) / batch for taken in times]
     vit.train(was_training)
     rows = [tuple(seconds[i : i + len(counts)]) for i in range(1, len(seconds), len(counts))]
     return LatencyTable(
@@ -194,19 +195,3 @@ def _outer(vit: PrunableViT, images: torch.Tensor) -> Tokens:
 
 def _call(module: torch.nn.Module, tokens: Tokens) -> Callable[[], object]:
     return lambda: module(tokens)
-
-
-def _medians(
-    parts: Sequence[Callable[[], object]], device: torch.device, rounds: int, warmup: int
-) -> list[float]:
-    """Return the median seconds of each part."""
-    times: list[list[float]] = [[] for _ in parts]
-    for turn in range(warmup + rounds):
-        for part, taken in zip(parts, times, strict=True):
-            start = time.perf_counter()
-            part()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if turn >= warmup:
-                taken.append(time.perf_counter() - start)
-    return [statistics.median(taken) for taken in times]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from search.progress import front_table
-from search.results import read_front, read_trials
+from search.results import read_front
 from search.sweep import SweepError, SweepFailedError, SweepInterruptedError
 from search.sweep_file import check_files, load_sweep
 
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("directories", nargs="+", type=Path, help="directories of the sweeps")
     compare.add_argument("--out", type=Path, help="page to write, compare.html")
     compare.set_defaults(run=_compare)
-    export = verbs.add_parser("export", help="write a trial's model as safetensors and shape JSON")
+    export = verbs.add_parser("export", help="write a trial's model in all formats")
     export.add_argument("directory", type=Path, help="directory of the sweep")
     export.add_argument("--trial", required=True, help="trial, as the front names it")
     export.add_argument("--out", required=True, type=Path, help="directory to write")
@@ -116,23 +116,9 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from pruners import PrunableViT
-    from search.served import measurements
-    from search.trial_files import check_model
+    from search.export import export_trial
 
-    records = {record.trial: record for record in read_trials(args.directory / "trials.parquet")}
-    record = records.get(args.trial)
-    if record is None:
-        raise ValueError(
-            f"trial {args.trial!r} is not in {args.directory}; give one of {list(records)}"
-        )
-    if not record.checkpoint or record.status not in ("finished", "dense"):
-        raise ValueError(f"trial {args.trial} is {record.status}; give one that finished")
-    check_model(args.directory / record.checkpoint)
-    PrunableViT.load(args.directory / record.checkpoint).save(args.out, measurements(record))
-    test = f", test {record.test_top1:.1f} %" if record.test_top1 is not None else ""
-    print(f"wrote {args.out}: validation {record.val_top1:.1f} %{test}; {record.plan_line}")
-    print(f'open it with: from pruners import PrunableViT; vit = PrunableViT.load("{args.out}")')
+    export_trial(args.directory, args.trial, args.out, sys.stdout)
 
 
 def _promote(args: argparse.Namespace) -> None:

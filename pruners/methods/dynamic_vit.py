@@ -157,5 +157,5 @@ class Predictor(FrontReducer):
             scores: [B, patches].
         """
         keep, _ = split_by_score(scores, self.kept)
-        prefix, patches = tokens.x[:, : self.prefix_tokens], tokens.x[:, self.prefix_tokens :]
-        return tokens._replace(x=torch.cat([prefix, take_tokens(patches, keep)], dim=1))
+        x, first = tokens.x, self.prefix_tokens
+        return tokens._replace(x=torch.cat([x[:, :first], take_tokens(x, first + keep)], dim=1))

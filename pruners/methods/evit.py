@@ -102,11 +102,11 @@ class EViTReducer(MiddleReducer):
             :, self.prefix_tokens :
         ]  # [B, patches]
         keep, drop = split_by_score(attentiveness, kept)
-        prefix, body = x[:, : self.prefix_tokens], x[:, self.prefix_tokens :]
-        parts = [prefix, take_tokens(body, keep)]
+        first = self.prefix_tokens
+        parts = [x[:, :first], take_tokens(x, first + keep)]
         if self.fuse:
             weights = attentiveness.gather(1, drop).to(x.dtype).unsqueeze(1)  # [B, 1, dropped]
-            parts.append(weights @ take_tokens(body, drop))
+            parts.append(weights @ take_tokens(x, first + drop))
         return tokens._replace(x=torch.cat(parts, dim=1))
 
     def _split(self, tokens: int) -> tuple[int, int]:

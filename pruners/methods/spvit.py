@@ -284,13 +284,12 @@ class Selector(FrontReducer):
             kept: [B, K], patches that go on.
             dropped: [B, patches - K], the others.
         """
-        prefix, patches, packages = tokens.x.split(
-            [self.prefix_tokens, keep.shape[1], self.packages], dim=1
-        )
+        x, first = tokens.x, self.prefix_tokens
+        prefix, packages = x[:, :first], x[:, first + keep.shape[1] :]
         weight = keep.gather(1, dropped)
-        new = package(take_tokens(patches, dropped), weight, normalise=self.normalise_package)
-        x = torch.cat([prefix, take_tokens(patches, kept), packages, new.to(prefix.dtype)], dim=1)
-        return tokens._replace(x=x)
+        new = package(take_tokens(x, first + dropped), weight, normalise=self.normalise_package)
+        patches = take_tokens(x, first + kept)
+        return tokens._replace(x=torch.cat([prefix, patches, packages, new.to(x.dtype)], dim=1))
 
     @torch.no_grad()
     def take_over(self, other: Selector) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pruners.allocation import out_of_reach, smallest
@@ -20,6 +19,9 @@ from pruners.pruner import Scores, Thresholds
 from pruners.shape import ViTShape
 from pruners.token_pruner import TokenPruner, token_shares
 from pruners.tokens import MiddleReducer, TokenReducer, Tokens, split_by_score, take_tokens
+
+LEAST_NORM = 1e-12
+"""Keeps a key of zeros finite when it is normalised."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +90,8 @@ class MergeSimilar(MiddleReducer):
         x, prefix = tokens.x, self.prefix_tokens
         size = x.new_ones(x.shape[:2]) if tokens.size is None else tokens.size
         pairs = match(attended.key.mean(dim=1)[:, prefix:], self.merged, first=prefix % 2)
-        merged, sizes = pairs.merge(x[:, prefix:], size[:, prefix:])
-        return tokens._replace(
-            x=torch.cat([x[:, :prefix], *merged], dim=1),
-            size=torch.cat([size[:, :prefix], *sizes], dim=1),
-        )
+        x, size = pairs.merge(x, size, prefix)
+        return tokens._replace(x=x, size=size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,26 +112,35 @@ class Pairs:
     gone: Tensor
     partner: Tensor
 
-    def merge(self, x: Tensor, size: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Return tokens and sizes of what stayed alone, [B, |A| - M, ...], and of B, [B, |B|, ...].
+    def merge(self, x: Tensor, size: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+        """Return the prefix tokens, the members of A that stay, then B: [B, N - M, D] and sizes.
 
-        A merged token is (sum of size * x) / (sum of sizes); only what is merged is touched.
+        A merged token is (sum of size * x) / (sum of sizes); the others stay, bit for bit.
 
         Args:
-            x: [B, N, D].
+            x: [B, N, D], the prefix tokens in front.
             size: [B, N].
+            prefix: How many prefix tokens there are.
         """
-        a, b = x[:, self.first :: 2], x[:, 1 - self.first :: 2]
-        size_a, size_b = size[:, self.first :: 2], size[:, 1 - self.first :: 2]
-        size_gone = size_a.gather(1, self.gone)
-        total = size_b.scatter_add(1, self.partner, size_gone)
-        shares = (size_gone / total.gather(1, self.partner)).unsqueeze(-1)
-        into = self.partner.unsqueeze(-1).expand(-1, -1, x.shape[-1])
-        merged = (b * (size_b / total).unsqueeze(-1)).scatter_add(
-            1, into, take_tokens(a, self.gone) * shares
+        kept, gone, into = self._places(prefix, size.shape[1])
+        size_kept, size_gone = size.gather(1, kept), size.gather(1, gone)
+        total = size_kept.scatter_add(1, into, size_gone)
+        share = torch.cat([size_kept / total, size_gone / total.gather(1, into)], dim=1)
+        # All rows at once: with one image, the calls cost more than the rows that are moved.
+        rows = take_tokens(x, torch.cat([kept, gone], dim=1)) * share.unsqueeze(-1)
+        kept_rows, gone_rows = rows.split([kept.shape[1], gone.shape[1]], dim=1)
+        into = into.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+        return kept_rows.scatter_add(1, into, gone_rows), total
+
+    def _places(self, prefix: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what stays, [B, N - M], what goes, [B, M], and where among the former it goes."""
+        images, device, start = self.gone.shape[0], self.gone.device, prefix + self.first
+        front = torch.arange(prefix, device=device)
+        b = torch.arange(prefix + 1 - self.first, tokens, 2, device=device)
+        kept = torch.cat(
+            [front.expand(images, -1), 2 * self.alone + start, b.expand(images, -1)], dim=1
         )
-        alone = take_tokens(a, self.alone), size_a.gather(1, self.alone)
-        return (alone[0], merged), (alone[1], total)
+        return kept, 2 * self.gone + start, self.partner + (tokens - self.gone.shape[1] - len(b))
 
 
 @torch.no_grad()
@@ -144,7 +152,8 @@ def match(keys: Tensor, merged: int, first: int) -> Pairs:
         merged: M, how many patches are merged, at most N // 2.
         first: See `Pairs`.
     """
-    keys = F.normalize(keys.float(), dim=-1)
+    keys = keys.float()
+    keys = keys / torch.linalg.vector_norm(keys, dim=-1, keepdim=True).clamp_min(LEAST_NORM)
     similar = keys[:, first::2] @ keys[:, 1 - first :: 2].transpose(1, 2)  # [B, |A|, |B|]
     best, partner = similar.max(dim=-1)
     gone, alone = split_by_score(best, merged)

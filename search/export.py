@@ -1,0 +1,273 @@
+"""A trial's model in all formats that it can be used in, checked and measured; all or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from pruners import PrunableViT, cost_of
+from pruners.checkpoint import SHAPE, WEIGHTS, read_description
+from pruners.export import logit_differences, write_onnx, write_program
+from pruners.plain_timm import SCRIPT, why_not, write_timm
+from pruners.plain_timm import WEIGHTS as TIMM_WEIGHTS
+from pruners.semi_structured import is_two_of_four, semi_structured_layers
+from search.export_speed import Speed, measure_speed
+from search.results import TrialRecord, read_trials
+from search.served import measurements
+from search.sweep_file import load_sweep
+from search.trial_data import open_split
+from search.trial_files import check_model
+
+PROGRAM, ONNX = "model.pt2", "model.onnx"
+SEMI_STRUCTURED, MEASURED = "semi_structured.json", "measured.json"
+FILES = {WEIGHTS, SHAPE, PROGRAM, ONNX, TIMM_WEIGHTS, SCRIPT, SEMI_STRUCTURED, MEASURED}
+"""What an export may write."""
+
+TOLERANCE = 1e-4
+"""Largest difference of a logit between onnxruntime and PyTorch."""
+
+MOST_TURNED = 0.1
+"""Share of the images that may differ by more where tokens are chosen image by image: of two that
+score alike, one runtime may choose the other."""
+
+IMAGES = 64
+
+
+def export_trial(directory: Path, trial: str, out: Path, stream: TextIO) -> None:
+    """Write the model of a sweep's trial to a directory, and say what was written.
+
+    An older export is replaced; where anything goes wrong, it stays as it is.
+
+    Args:
+        directory: The sweep's.
+        trial: The trial, as the front names it.
+        out: The directory to write.
+        stream: Where it is said, in a line for each file.
+
+    Raises:
+        FileNotFoundError: If there is no such sweep.
+        ValueError: If the trial has no model, if `out` holds anything but an export, or if the ONNX
+            file does not compute what the model does.
+    """
+    records = {record.trial: record for record in read_trials(directory / "trials.parquet")}
+    record = _finished(records, trial, directory)
+    dense = next((each for each in records.values() if each.status == "dense"), None)
+    if dense is None:
+        raise ValueError(f"{directory} has no dense model yet; give a sweep whose first trial ran")
+    check_replaceable(out)
+    models = _opened(directory, record), _opened(directory, dense)
+    images, source = example_images(directory, models[0])
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        written = _write(temporary, record, models, images)
+        _write_json(temporary / MEASURED, written.to_json(trial, source))
+        _replace(temporary, out)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for line in _said(written, record, out, source):
+        print(line, file=stream)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What an export came to.
+
+    Attributes:
+        differences: [B], the largest difference of an image's logits, onnxruntime to PyTorch.
+        no_timm: Why there are no files for timm; empty if there are.
+        semi_structured: Layer -> backend -> "taken", or why not; empty if no weights are 2:4.
+        fewer: MACs of the dense model / MACs.
+        speeds: What was measured.
+    """
+
+    differences: Tensor
+    no_timm: str
+    semi_structured: dict[str, dict[str, str]]
+    fewer: float
+    speeds: list[Speed]
+
+    def to_json(self, trial: str, source: str) -> dict[str, Any]:
+        """Return what `measured.json` holds."""
+        return {
+            "trial": trial,
+            "images": source,
+            "largest_difference": float(self.differences.max()),
+            "images_within_tolerance": self.within,
+            "tolerance": TOLERANCE,
+            "times_fewer_macs": self.fewer,
+            "threads": torch.get_num_threads(),
+            "speed": [speed.to_json() for speed in self.speeds],
+        }
+
+    @property
+    def within(self) -> int:
+        """Images on which both runtimes agree."""
+        return int((self.differences <= TOLERANCE).sum())
+
+
+def _finished(records: dict[str, TrialRecord], trial: str, directory: Path) -> TrialRecord:
+    record = records.get(trial)
+    if record is None:
+        raise ValueError(f"trial {trial!r} is not in {directory}; give one of {list(records)}")
+    if not record.checkpoint or record.status not in ("finished", "dense"):
+        raise ValueError(f"trial {trial} is {record.status}; give one that finished")
+    return record
+
+
+def _opened(directory: Path, record: TrialRecord) -> PrunableViT:
+    check_model(directory / record.checkpoint)
+    vit = PrunableViT.load(directory / record.checkpoint).eval()
+    vit.use_fused_attention(True)
+    return vit
+
+
+def example_images(directory: Path, vit: PrunableViT) -> tuple[Tensor, str]:
+    """Return validation images [B, channels, height, width] of a sweep, or random ones, and which.
+
+    Random ones, always the same, are returned where the sweep's data cannot be read from here.
+    """
+    try:
+        sweep = load_sweep(directory / "sweep.toml")
+        # Streamed: only the first images are wanted, not the whole split decoded.
+        data = sweep.data.model_copy(update={"cache_gb": 0.0})
+        split = open_split(sweep.model_copy(update={"data": data}), vit, "val")
+        batches = split.batches(IMAGES, seed=None, augment=False)
+        ((images, _),) = islice(batches, 1)
+    except (OSError, ValueError) as error:
+        shape = vit.shape()
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(IMAGES, shape.channels, *shape.image, generator=generator)
+        return images, f"{IMAGES} random images ({error})"
+    return images, f"{len(images)} validation images"
+
+
+def _write(
+    folder: Path, record: TrialRecord, models: tuple[PrunableViT, PrunableViT], images: Tensor
+) -> Written:
+    vit, dense = models
+    vit.save(folder, measurements(record))
+    write_program(vit, folder / PROGRAM)
+    write_onnx(vit, folder / ONNX)
+    differences = logit_differences(folder / ONNX, vit, images)
+    check_differences(differences, chosen=vit.shape().reduced)
+    if not (no_timm := why_not(vit)):
+        write_timm(vit, folder)
+    if layers := _semi_structured(vit):
+        _write_json(folder / SEMI_STRUCTURED, layers)
+    dense_file = folder / f"dense.{ONNX}"
+    write_onnx(dense, dense_file)
+    speeds = measure_speed(dense, vit, (dense_file, folder / ONNX), images)
+    dense_file.unlink()
+    return Written(
+        differences=differences,
+        no_timm=no_timm,
+        semi_structured=layers,
+        fewer=cost_of(dense.shape()).macs / cost_of(vit.shape()).macs,
+        speeds=speeds,
+    )
+
+
+def check_differences(differences: Tensor, *, chosen: bool) -> None:
+    """Refuse an ONNX file that does not compute what the model does.
+
+    Args:
+        differences: [B], of each image's logits.
+        chosen: Whether tokens are chosen image by image.
+
+    Raises:
+        ValueError: If too many images differ by more than `TOLERANCE`.
+    """
+    turned = int((~(differences <= TOLERANCE)).sum())  # NaN is a difference too
+    allowed = int(MOST_TURNED * len(differences)) if chosen else 0
+    if turned > allowed:
+        raise ValueError(
+            f"{ONNX} differs from PyTorch by {float(differences.max()):.1e} at most, and by more "
+            f"than {TOLERANCE:g} on {turned} of {len(differences)} images; at most {allowed} may"
+        )
+
+
+def _semi_structured(vit: PrunableViT) -> dict[str, dict[str, str]]:
+    if not any(is_two_of_four(layer.weight) for _, layer in vit.linears()):
+        return {}
+    return {
+        site: {backend: reason or "taken" for backend, reason in reasons.items()}
+        for site, reasons in semi_structured_layers(vit).items()
+    }
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=1))
+
+
+def check_replaceable(out: Path) -> None:
+    """Refuse to write where something lies that no export wrote.
+
+    Raises:
+        ValueError: That names it.
+    """
+    if not out.exists() and not out.is_symlink():
+        return
+    if not out.is_dir() or out.is_symlink():
+        raise ValueError(f"--out {out} is no directory; give a new one, or an older export")
+    found = {path.name for path in out.iterdir()}
+    if not found:
+        return
+    if other := sorted(found - FILES):
+        raise ValueError(f"--out {out} holds {other[0]}, which no export wrote; give another one")
+    if "trial" not in read_description(out).get("measured", {}):
+        raise ValueError(f"--out {out} holds a model that no export wrote; give another one")
+
+
+def _replace(temporary: Path, out: Path) -> None:
+    """Put a whole export in the place of an older one."""
+    if not out.exists():
+        os.replace(temporary, out)
+        return
+    older = temporary.with_name(f"{temporary.name}.older")
+    os.replace(out, older)
+    try:
+        os.replace(temporary, out)
+    except OSError:
+        os.replace(older, out)
+        raise
+    shutil.rmtree(older)
+
+
+def _said(written: Written, record: TrialRecord, out: Path, source: str) -> list[str]:
+    accuracy = f"validation {record.val_top1:.1f} %"
+    if record.test_top1 is not None:
+        accuracy += f", test {record.test_top1:.1f} %"
+    largest, count = float(written.differences.max()), len(written.differences)
+    near = "" if written.within == count else f", {written.within} of {count} within {TOLERANCE:g}"
+    rows = {
+        f"{WEIGHTS}, {SHAPE}": "the model, and what is known of it",
+        PROGRAM: "for torch.export.load",
+        ONNX: f"for onnxruntime; logits differ by {largest:.1e} at most on {source}{near}",
+        f"{TIMM_WEIGHTS}, {SCRIPT}": "for timm alone",
+    }
+    if written.no_timm:
+        rows[f"{TIMM_WEIGHTS}, {SCRIPT}"] = f"not written: {written.no_timm}"
+    if layers := written.semi_structured:
+        taken = sum("taken" in backends.values() for backends in layers.values())
+        rows[SEMI_STRUCTURED] = f"{taken} of {len(layers)} layers fit sparse tensor cores"
+    faster = ", ".join(f"{s.faster:.2f}x in {s.runtime} at {s.batch}" for s in written.speeds)
+    rows[MEASURED] = f"{written.fewer:.2f}x fewer MACs; images/s {faster} images at once"
+    return [
+        f"wrote {out}, trial {record.trial}: {accuracy}; {record.plan_line}",
+        *(f"  {name}: {what}" for name, what in rows.items()),
+        "use it:",
+        "  from pruners import PrunableViT",
+        f'  vit = PrunableViT.load("{out}").eval()',
+        "  logits = vit(images)  # normalised by vit.mean and vit.std",
+    ]
