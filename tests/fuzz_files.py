@@ -25,7 +25,7 @@ from search.check import label_range
 from search.decode import Corrupt, ImageSpec, decode_all
 from search.journal import Journal
 from search.ledger import METRICS, Ledger
-from search.mlflow_runs import RUNS, SweepRuns, note
+from search.mlflow_runs import RUNS, SweepRuns
 from search.parquet import open_decoded, open_images
 from search.results import build_front, read_front, read_trials, write_front, write_trials
 from search.shards import find_shards
@@ -154,7 +154,7 @@ def ledger(folder: Path) -> Format:
     result = {**dict.fromkeys(METRICS, 1.5), "trial": "0000", "epoch": 0, "status": "dense"}
     written.begin()
     written.ask(config)
-    written.report({**result, "reason": "", "shape": "{}"})
+    written.report({**result, "reason": "", "shape": "{}", "by_class": [50.0, None]})
     written.end("0000", "dense", "")
     path = written.journal.path
     lines, other = written.journal.read(), folder / "other.jsonl"
@@ -187,13 +187,18 @@ def front(folder: Path) -> Format:
     members = [record("0001", 0.5, 70.0, spread=0.5, runs=3), record("0002", 0.7, 75.0)]
     write_front(path, build_front([dense, *members], "effective_gmacs"))
     damage = partial(damaged_json, json.loads(path.read_text()))
-    return Format(path=path, damage=damage, read=lambda: note(read_front(path)), named=str(path))
+
+    def read() -> str:
+        front = read_front(path)
+        return note(front, front.members, "", {})
+
+    return Format(path=path, damage=damage, read=read, named=str(path))
 
 
 def trials(folder: Path) -> Format:
     path, whole = folder / "trials.parquet", record("0001", 0.5, 70.0)
     write_trials(path, [whole])
-    row, columns = asdict(whole), ("parameters", "plan", "shape", "history")
+    row, columns = asdict(whole), ("parameters", "plan", "shape", "history", "by_class")
     content = path.read_bytes()
 
     def odd(random: Random) -> bytes:

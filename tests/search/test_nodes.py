@@ -49,11 +49,11 @@ def nodes(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Faulty:
 Notes = list[dict[str, Any]]
 
 
-def run(nodes: Faulty, name: str, *sets: str) -> Notes:
+def run(nodes: Faulty, name: str, *sets: str, **more: str) -> Notes:
     """Run a sweep and return what its processes have noted."""
     folder = nodes.sweep.parent / f"notes-{name}"
     folder.mkdir()
-    variables = nodes.environment | {"GPU_NOTES": str(folder)}
+    variables = nodes.environment | {"GPU_NOTES": str(folder)} | more
     dataclasses.replace(nodes, environment=variables).run(name, *SETS, *sets)
     lines = [line for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()]
     return sorted(map(json.loads, lines), key=lambda note: note["time"])
@@ -80,7 +80,7 @@ def losses(nodes: Faulty, name: str) -> dict[str, list[float]]:
 @pytest.fixture(scope="module")
 def alone(nodes: Faulty) -> Notes:
     """A sweep whose trials take half a GPU each, on the one node that has the CPUs for them."""
-    return run(nodes, "alone", "resources={cpu=3, gpu=0.5}")
+    return run(nodes, "alone", "resources={cpu=3, gpu=0.5}", MEET="1")
 
 
 @pytest.fixture(scope="module")
