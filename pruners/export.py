@@ -11,6 +11,7 @@ import importlib
 import io
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,13 @@ INPUT, OUTPUT = "images", "logits"
 
 MOST_BYTES = 2**31
 """What a protobuf, and so an ONNX file without others beside it, holds at most."""
+
+TOLERANCE = 1e-4
+"""Largest difference of a logit between onnxruntime and PyTorch."""
+
+MOST_TURNED = 0.1
+"""Share of the images that may differ by more where tokens are chosen image by image: of two that
+score alike, one runtime may choose the other."""
 
 _STACK_TRACE = "pkg.torch.onnx.stack_trace"  # names the paths of this machine, node by node
 
@@ -83,8 +91,37 @@ def write_onnx(vit: PrunableViT, path: str | Path) -> None:
     replace_file(Path(path), lambda temporary: exported.save(temporary, external_data=False))
 
 
-def onnx_difference(path: str | Path, vit: PrunableViT, images: Tensor) -> float:
-    """Return the largest absolute difference of logits between onnxruntime and PyTorch.
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How far an ONNX file's logits in onnxruntime are from PyTorch's.
+
+    Attributes:
+        difference: The largest absolute difference; NaN if a logit is not a number.
+        images: Images on which they were compared.
+        within: Those on which no logit differs by more than `TOLERANCE`.
+        chosen: Whether the model chooses tokens image by image.
+    """
+
+    difference: float
+    images: int
+    within: int
+    chosen: bool
+
+    @property
+    def reason(self) -> str:
+        """Why the file does not compute what the model does; empty if it does."""
+        turned, allowed = self.images - self.within, int(MOST_TURNED * self.images)
+        if turned <= (allowed if self.chosen else 0):
+            return ""
+        at_most = f"; at most {allowed} may" if self.chosen else ""
+        return (
+            f"its logits in onnxruntime are {self.difference:.1e} from PyTorch's at most, and more "
+            f"than {TOLERANCE:g} on {turned} of {self.images} images{at_most}"
+        )
+
+
+def agreement(path: str | Path, vit: PrunableViT, images: Tensor) -> Agreement:
+    """Compare an ONNX file's logits with those of the model that it was written of.
 
     Args:
         path: A file that `write_onnx` wrote of this model.
@@ -94,15 +131,21 @@ def onnx_difference(path: str | Path, vit: PrunableViT, images: Tensor) -> float
     Raises:
         ImportError: If onnxruntime is missing.
     """
-    return float(logit_differences(path, vit, images).max())
-
-
-def logit_differences(path: str | Path, vit: PrunableViT, images: Tensor) -> Tensor:
-    """Return, for each image [B], what `onnx_difference` returns for all."""
     (logits,) = onnx_call(path, images)()
     with torch.no_grad():
         expected = vit(images).cpu()
-    return (torch.from_numpy(logits) - expected).abs().amax(dim=1)
+    differences = (torch.from_numpy(logits) - expected).abs().amax(dim=1)
+    return agreement_of(differences, chosen=vit.shape().reduced)
+
+
+def agreement_of(differences: Tensor, *, chosen: bool) -> Agreement:
+    """Return what the differences [B] of each image's logits come to."""
+    return Agreement(
+        difference=float(differences.max()),
+        images=len(differences),
+        within=int((differences <= TOLERANCE).sum()),  # NaN is not
+        chosen=chosen,
+    )
 
 
 def onnx_call(path: str | Path, images: Tensor) -> Callable[[], list[Any]]:

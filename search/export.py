@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pruners import PrunableViT, cost_of
 from pruners.checkpoint import SHAPE, WEIGHTS, read_description
-from pruners.export import logit_differences, write_onnx, write_program
+from pruners.export import TOLERANCE, Agreement, agreement, write_onnx, write_program
 from pruners.plain_timm import SCRIPT, why_not, write_timm
 from pruners.plain_timm import WEIGHTS as TIMM_WEIGHTS
 from pruners.semi_structured import is_two_of_four, semi_structured_layers
@@ -30,13 +30,6 @@ PROGRAM, ONNX = "model.pt2", "model.onnx"
 SEMI_STRUCTURED, MEASURED = "semi_structured.json", "measured.json"
 FILES = {WEIGHTS, SHAPE, PROGRAM, ONNX, TIMM_WEIGHTS, SCRIPT, SEMI_STRUCTURED, MEASURED}
 """What an export may write."""
-
-TOLERANCE = 1e-4
-"""Largest difference of a logit between onnxruntime and PyTorch."""
-
-MOST_TURNED = 0.1
-"""Share of the images that may differ by more where tokens are chosen image by image: of two that
-score alike, one runtime may choose the other."""
 
 IMAGES = 64
 
@@ -84,14 +77,14 @@ class Written:
     """What an export came to.
 
     Attributes:
-        differences: [B], the largest difference of an image's logits, onnxruntime to PyTorch.
+        agreement: Of the ONNX file with PyTorch.
         no_timm: Why there are no files for timm; empty if there are.
         semi_structured: Layer -> backend -> "taken", or why not; empty if no weights are 2:4.
         fewer: MACs of the dense model / MACs.
         speeds: What was measured.
     """
 
-    differences: Tensor
+    agreement: Agreement
     no_timm: str
     semi_structured: dict[str, dict[str, str]]
     fewer: float
@@ -102,18 +95,13 @@ class Written:
         return {
             "trial": trial,
             "images": source,
-            "largest_difference": float(self.differences.max()),
-            "images_within_tolerance": self.within,
+            "largest_difference": self.agreement.difference,
+            "images_within_tolerance": self.agreement.within,
             "tolerance": TOLERANCE,
             "times_fewer_macs": self.fewer,
             "threads": torch.get_num_threads(),
             "speed": [speed.to_json() for speed in self.speeds],
         }
-
-    @property
-    def within(self) -> int:
-        """Images on which both runtimes agree."""
-        return int((self.differences <= TOLERANCE).sum())
 
 
 def _finished(records: dict[str, TrialRecord], trial: str, directory: Path) -> TrialRecord:
@@ -159,8 +147,9 @@ def _write(
     vit.save(folder, measurements(record))
     write_program(vit, folder / PROGRAM)
     write_onnx(vit, folder / ONNX)
-    differences = logit_differences(folder / ONNX, vit, images)
-    check_differences(differences, chosen=vit.shape().reduced)
+    agrees = agreement(folder / ONNX, vit, images)
+    if agrees.reason:
+        raise ValueError(f"{ONNX} is wrong: {agrees.reason}")
     if not (no_timm := why_not(vit)):
         write_timm(vit, folder)
     if layers := _semi_structured(vit):
@@ -170,31 +159,12 @@ def _write(
     speeds = measure_speed(dense, vit, (dense_file, folder / ONNX), images)
     dense_file.unlink()
     return Written(
-        differences=differences,
+        agreement=agrees,
         no_timm=no_timm,
         semi_structured=layers,
         fewer=cost_of(dense.shape()).macs / cost_of(vit.shape()).macs,
         speeds=speeds,
     )
-
-
-def check_differences(differences: Tensor, *, chosen: bool) -> None:
-    """Refuse an ONNX file that does not compute what the model does.
-
-    Args:
-        differences: [B], of each image's logits.
-        chosen: Whether tokens are chosen image by image.
-
-    Raises:
-        ValueError: If too many images differ by more than `TOLERANCE`.
-    """
-    turned = int((~(differences <= TOLERANCE)).sum())  # NaN is a difference too
-    allowed = int(MOST_TURNED * len(differences)) if chosen else 0
-    if turned > allowed:
-        raise ValueError(
-            f"{ONNX} differs from PyTorch by {float(differences.max()):.1e} at most, and by more "
-            f"than {TOLERANCE:g} on {turned} of {len(differences)} images; at most {allowed} may"
-        )
 
 
 def _semi_structured(vit: PrunableViT) -> dict[str, dict[str, str]]:
@@ -248,12 +218,14 @@ def _said(written: Written, record: TrialRecord, out: Path, source: str) -> list
     accuracy = f"validation {record.val_top1:.1f} %"
     if record.test_top1 is not None:
         accuracy += f", test {record.test_top1:.1f} %"
-    largest, count = float(written.differences.max()), len(written.differences)
-    near = "" if written.within == count else f", {written.within} of {count} within {TOLERANCE:g}"
+    agrees = written.agreement
+    differ = f"logits differ by {agrees.difference:.1e} at most"
+    near = f", {agrees.within} of {agrees.images} within {TOLERANCE:g}"
+    near = "" if agrees.within == agrees.images else near
     rows = {
         f"{WEIGHTS}, {SHAPE}": "the model, and what is known of it",
         PROGRAM: "for torch.export.load",
-        ONNX: f"for onnxruntime; logits differ by {largest:.1e} at most on {source}{near}",
+        ONNX: f"for onnxruntime; {differ} on {source}{near}",
         f"{TIMM_WEIGHTS}, {SCRIPT}": "for timm alone",
     }
     if written.no_timm:

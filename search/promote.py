@@ -44,7 +44,7 @@ def promote(model: str, version: str, tracking: str | None) -> list[str]:
         client.set_registered_model_alias(model, APPROVED, version)
     except (MlflowException, OSError) as error:
         raise ValueError(f"{name} in {uri}: {first_line(error)}") from error
-    serve = f"mlflow models serve -m models:/{model}@{APPROVED} --env-manager local"
+    serve = f"mlflow models serve -m models:/{model}@{APPROVED} --env-manager local --port 5001"
     tags = found.tags
     top1 = ", ".join(
         f"{split} {float(tags[key]):.1f} %"

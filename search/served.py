@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pruners import PrunableViT
 from pruners.checkpoint import SHAPE, WEIGHTS, replace_file
-from pruners.export import OUTPUT, onnx_difference, write_onnx
+from pruners.export import OUTPUT, agreement, write_onnx
 from search.digests import directory_digest, file_digest, json_digest
 from search.results import TrialRecord
 from search.sweep import Sweep
@@ -44,14 +44,7 @@ EXAMPLES = 2
 """Validation images in the input example, which is text: 3 MB for one of 3 x 224 x 224."""
 
 COMPARED = 16
-"""Validation images whose logits are compared with PyTorch's.
-
-What is wrong with a file shows in any image. More of them are more chances for two tokens whose
-scores are equal but for rounding to change places, which changes the logits and is no mistake.
-"""
-
-TOLERANCE = 1e-4
-"""How far logits may be from PyTorch's."""
+"""Validation images whose logits are compared with PyTorch's: what is wrong shows in any image."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,27 +56,19 @@ class Served:
         directory: The model.
         digest: SHA-256 of its files, as they were when it was compared.
         difference: Largest absolute difference between its logits in onnxruntime and PyTorch's.
+        reason: Why it is not verified; empty if it is.
     """
 
     trial: str
     directory: Path
     digest: str
     difference: float
+    reason: str
 
     @property
     def verified(self) -> bool:
-        """Whether it computes what the trial's model does; not if a logit is not finite."""
-        return self.difference <= TOLERANCE
-
-    @property
-    def reason(self) -> str:
-        """Why it is not verified; empty if it is."""
-        if self.verified:
-            return ""
-        return (
-            f"its logits in onnxruntime are {self.difference:.2g} from PyTorch's, "
-            f"more than {TOLERANCE:g}"
-        )
+        """Whether it computes what the trial's model does."""
+        return not self.reason
 
 
 def make_served(
@@ -137,8 +122,13 @@ def make_served(
             shutil.rmtree(left)
         temporary = folder / f".{member.trial}.{os.uname().nodename}.{os.getpid()}"
         _write(temporary, vit, images[:EXAMPLES], measured, metadata)
-        difference = onnx_difference(temporary / ONNX, vit, images)
-        note = {"weights": weights, "difference": difference, "files": directory_digest(temporary)}
+        agrees = agreement(temporary / ONNX, vit, images)
+        note = {
+            "weights": weights,
+            "difference": agrees.difference,
+            "reason": agrees.reason,
+            "files": directory_digest(temporary),
+        }
         shutil.rmtree(folder / member.trial, ignore_errors=True)
         os.replace(temporary, folder / member.trial)
         sealed = json.dumps({**note, "digest": json_digest(note)})
@@ -225,4 +215,5 @@ def _served(folder: Path, trial: str, note: Mapping[str, Any]) -> Served:
         directory=folder / trial,
         digest=str(note["files"]),
         difference=float(note["difference"]),
+        reason=str(note["reason"]),
     )

@@ -26,6 +26,7 @@ from search.decode import Corrupt, ImageSpec, decode_all
 from search.journal import Journal
 from search.ledger import METRICS, Ledger
 from search.mlflow_runs import RUNS, SweepRuns
+from search.note import note
 from search.parquet import open_decoded, open_images
 from search.results import build_front, read_front, read_trials, write_front, write_trials
 from search.shards import find_shards

@@ -166,7 +166,7 @@ def served_note(folder: Path) -> Format:
     path, model = folder / "0001.json", folder / "0001"
     model.mkdir()
     (model / "MLmodel").write_text("a model")
-    values = {"weights": "abc", "difference": 2e-6, "files": directory_digest(model)}
+    values = {"weights": "abc", "difference": 2e-6, "reason": "", "files": directory_digest(model)}
     path.write_text(json.dumps(resealed(values)))
 
     def read() -> object:

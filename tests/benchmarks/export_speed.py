@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from pruners import Plan, PrunableViT, Step, cost_of, load_method
-from pruners.export import onnx_call, onnx_difference, write_onnx
+from pruners.export import agreement, onnx_call, write_onnx
 from pruners.timing import Call, forward_call, seconds_in_turn
 
 CASES: dict[str, tuple[float, str | None]] = {  # share of the MACs that units leave; token method
@@ -85,7 +85,7 @@ def main() -> None:
         files = {name: Path(folder) / f"{number}.onnx" for number, name in enumerate(models)}
         for name, vit in models.items():
             write_onnx(vit, files[name])
-            difference = onnx_difference(files[name], vit, torch.randn(2, 3, 224, 224))
+            difference = agreement(files[name], vit, torch.randn(2, 3, 224, 224)).difference
             print(f"{name}: logits differ by {difference:.1e} at most", flush=True)
         print(f"load before: {os.getloadavg()[0]:.1f}; {args.threads} threads\n")
         print("| model | runtime | batch | images/s | faster | MACs | quotient |")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import urllib.request
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,10 @@ from pruners import PrunableViT
 from search.mlflow_runs import local_uri
 from search.results import Front, read_front
 from tests.browser.conftest import Demo, keep, python, server
+from tests.browser.readme import block, blocks
+
+STEP = "3. Approve a model"
+"""README.md's section on what follows the review."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -144,44 +150,91 @@ def test_runs_are_found_by_a_filter(
     keep(page, "view")
 
 
+def as_here(code: str, demo: Demo, out: Path | None = None) -> str:
+    """Return what a reader of README.md copies, for this sweep and this place of an export."""
+    code = code.replace("results/sample", str(demo.directory))
+    return re.sub(r"\bsmall\b", str(out), code) if out else code
+
+
 def test_a_version_is_approved(
-    demo: Demo, front: Front, client: MlflowClient, mlflow_ui: str, browser_page: Page
+    demo: Demo, client: MlflowClient, mlflow_ui: str, browser_page: Page
 ) -> None:
     page = browser_page
     page.goto(f"{mlflow_ui}/#/models/sample?workflowType=machine_learning")
     expect(page.get_by_text("best-under-50").first).to_be_visible()
-    version = client.get_model_version_by_alias("sample", "best-under-50").version
-    said = python(
-        *("-m", "search", "promote", "sample", str(version), "--tracking", str(demo.directory))
-    )
-    assert f"approved version {version} of sample: trial {front.members[0].trial}" in said
-    assert "mlflow models serve -m models:/sample@approved --env-manager local" in said
+    _, *command = shlex.split(as_here(block(STEP, "python -m search promote"), demo))
+    said = python(*command)
+    version = client.get_model_version_by_alias("sample", "approved")
+    assert f"approved version 1 of sample: trial {version.tags['trial']}" in said
+    assert f"serve it with: {as_here(block(STEP, 'MLFLOW_TRACKING_URI'), demo)}" in said + "\n"
     page.reload()
     expect(page.get_by_text("approved").first).to_be_visible()
     keep(page, "model")
-    page.goto(f"{mlflow_ui}/#/models/sample/versions/{version}?workflowType=machine_learning")
+    page.goto(f"{mlflow_ui}/#/models/sample/versions/1?workflowType=machine_learning")
     expect(page.get_by_text("onnxruntime").first).to_be_visible()
     keep(page, "version")
 
 
-def test_what_was_approved_is_served(demo: Demo, client: MlflowClient) -> None:
-    version = client.get_model_version_by_alias("sample", "approved")
-    trial = version.tags["trial"]
-    model = next((demo.directory / "models" / trial).glob("epoch-*"))
-    vit = PrunableViT.load(model).eval()
-    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+@pytest.fixture(scope="session")
+def approved(demo: Demo, client: MlflowClient) -> PrunableViT:
+    trial = client.get_model_version_by_alias("sample", "approved").tags["trial"]
+    return PrunableViT.load(next((demo.directory / "models" / trial).glob("epoch-*"))).eval()
+
+
+def test_what_was_approved_is_served(demo: Demo, approved: PrunableViT) -> None:
+    """By README.md's two commands, word for word but for the port."""
+    variable, program, *arguments = shlex.split(
+        as_here(block(STEP, "MLFLOW_TRACKING_URI"), demo).replace("--port 5001", "")
+    )
+    assert program == "mlflow"
+    ask = as_here(block(STEP, "curl"), demo)
+    with server(*arguments, **dict([variable.split("=", 1)])) as address:
+        ask = ask.replace("http://127.0.0.1:5001", address)
+        answer = subprocess.run(ask, shell=True, capture_output=True, text=True, check=True)
+    logits = np.asarray(json.loads(answer.stdout)["predictions"]["logits"], dtype=np.float32)
+    (example,) = re.findall(r"@(\S+)", ask)
+    images = torch.tensor(json.loads(Path(example).read_text())["inputs"])
     with torch.no_grad():
-        expected = vit(images)
-    serve = ("models", "serve", "-m", "models:/sample@approved", "--env-manager", "local")
-    with server(*serve, MLFLOW_TRACKING_URI=local_uri(demo.directory)) as address:
-        request = urllib.request.Request(
-            f"{address}/invocations",
-            json.dumps({"inputs": images.tolist()}).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            logits = np.asarray(json.load(answer)["predictions"]["logits"], dtype=np.float32)
-    np.testing.assert_allclose(logits, expected.numpy(), atol=1e-4)
+        np.testing.assert_allclose(logits, approved(images).numpy(), atol=1e-4)
+
+
+@pytest.fixture(scope="session")
+def exported(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What README.md's command exports."""
+    out = tmp_path_factory.mktemp("export") / "small"
+    _, *command = shlex.split(as_here(block(STEP, "python -m search export"), demo, out))
+    python(*command)
+    return out
+
+
+USE = """
+import sys
+import numpy as np
+images = np.load("images.npy")
+if {torch}:
+    import torch
+    torch.set_grad_enabled(False)
+    images = torch.from_numpy(images)
+{code}
+assert {torch} or not {{"torch", "pruners", "search"}} & sys.modules.keys()
+np.save("logits.npy", np.asarray(logits))
+"""
+
+
+@pytest.mark.parametrize("number", range(len(blocks(STEP, "python"))))
+def test_lines_of_code_do_what_they_say(
+    number: int, demo: Demo, exported: Path, approved: PrunableViT, tmp_path: Path
+) -> None:
+    code = as_here(blocks(STEP, "python")[number], demo, exported)
+    needs_torch = "import torch" in code or "PrunableViT" in code
+    images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "images.npy", images)
+    command = [sys.executable, "-c", USE.format(torch=needs_torch, code=code)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = approved(images).numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -196,14 +249,8 @@ def test_the_report_is_a_page(
     page.goto(out.as_uri())
     page.locator(".scatterlayer .points path").first.wait_for()
     expect(page.get_by_text(f"{front.hypervolume:.4f}").first).to_be_visible()
-    brightness = sum(
-        map(
-            float,
-            re.findall(r"[\d.]+", page.evaluate("getComputedStyle(document.body).backgroundColor"))[
-                :3
-            ],
-        )
-    )
-    assert (brightness > 384) == (scheme == "light")
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    red, green, blue, *_ = map(float, re.findall(r"[\d.]+", paper))
+    assert (red + green + blue > 384) == (scheme == "light")
     assert not trouble
     keep(page, f"report-{scheme}")

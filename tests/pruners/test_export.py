@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pruners import Plan, PrunableViT, Step, load_method
-from pruners.export import export_program, onnx_difference, write_onnx, write_program
+from pruners.export import agreement, agreement_of, export_program, write_onnx, write_program
 from tests.conftest import VARIANTS, images_for
 
 
@@ -58,10 +58,10 @@ def test_onnx_file_is_one_and_says_what_it_takes(tiny, tmp_path) -> None:
         images = images_for(vit, count)
         (logits,) = session.run(None, {"images": images.numpy()})
         np.testing.assert_allclose(logits, vit(images).detach().numpy(), atol=1e-5, rtol=0)
-        assert onnx_difference(tmp_path / "model.onnx", vit, images) <= 1e-5
+        assert agreement(tmp_path / "model.onnx", vit, images).difference <= 1e-5
     with torch.no_grad():
         vit.vit.head.bias[3] -= 0.25  # the file does not follow
-    difference = onnx_difference(tmp_path / "model.onnx", vit, images_for(vit))
+    difference = agreement(tmp_path / "model.onnx", vit, images_for(vit)).difference
     assert difference == pytest.approx(0.25, abs=1e-5)
 
 
@@ -89,3 +89,20 @@ def test_model_too_large_for_one_file_is_refused(tiny, tmp_path) -> None:
         vit.vit.head = torch.nn.Linear(30_000, 20_000)
     with pytest.raises(ValueError, match=r"model has 2\.40 GB .* less than 2\.15 GB"):
         write_onnx(vit, tmp_path / "model.onnx")
+
+
+def test_what_disagrees_is_said() -> None:
+    near = torch.full((20,), 1e-5)
+    assert agreement_of(near, chosen=False).reason == ""
+    turned = near.clone()
+    turned[[3, 11]] = 0.5
+    assert agreement_of(turned, chosen=True).reason == ""  # two of twenty chose another token
+    assert agreement_of(turned, chosen=False).reason == (
+        "its logits in onnxruntime are 5.0e-01 from PyTorch's at most, and more than 0.0001 on 2 "
+        "of 20 images"
+    )
+    turned[5] = 0.002
+    reason = agreement_of(turned, chosen=True).reason
+    assert reason.endswith("on 3 of 20 images; at most 2 may")
+    near[7] = torch.nan
+    assert "on 1 of 20 images" in agreement_of(near, chosen=False).reason

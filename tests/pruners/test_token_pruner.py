@@ -7,7 +7,7 @@ import torch
 from timm.models.deit import VisionTransformerDistilled
 
 from pruners import Plan, PrunableViT, Step, cost_of, load_method, method_names
-from pruners.export import export_program, onnx_difference, write_onnx
+from pruners.export import agreement, export_program, write_onnx
 from pruners.token_pruner import quarters
 from tests.conftest import TINY, VARIANTS, images_for
 
@@ -133,7 +133,7 @@ def test_runs_without_this_project(method: str, tiny, tmp_path) -> None:
     for count in (1, 2, 5):
         images = images_for(vit, count)
         torch.testing.assert_close(program(images), vit(images), atol=1e-5, rtol=0)
-        assert onnx_difference(tmp_path / "vit.onnx", vit, images) <= 1e-5
+        assert agreement(tmp_path / "vit.onnx", vit, images).difference <= 1e-5
 
 
 def test_places_of_the_papers(tiny) -> None:

@@ -57,7 +57,7 @@ def test_a_person_approves_a_version(sweep: Sweep, capsys: pytest.CaptureFixture
     )
     assert how == (
         f"serve it with: MLFLOW_TRACKING_URI={sweep.world.uri} "
-        f"mlflow models serve -m models:/{sweep.name}@approved --env-manager local"
+        f"mlflow models serve -m models:/{sweep.name}@approved --env-manager local --port 5001"
     )
     assert promote(sweep, sweep.name, "1") == 0
     assert approved(sweep) == "1"
@@ -85,11 +85,11 @@ def test_what_is_no_longer_on_the_front_is_refused(
 
 def test_what_was_not_verified_is_refused(world: World, capsys: pytest.CaptureFixture[str]) -> None:
     sweep = world.sweep((0.2, 50.0))
-    sweep.served["0001"] = dataclasses.replace(sweep.served["0001"], difference=0.02)
+    sweep.served["0001"] = dataclasses.replace(sweep.served["0001"], reason="it is far off")
     sweep.register()
     world.client.set_tag(sweep.runs.trials["0001"], "front", "true")
     line = refused(promote(sweep, sweep.name, "1"), capsys)
-    assert line.startswith(f"version 1 of {sweep.name} is not verified: its logits in onnxruntime")
+    assert line.startswith(f"version 1 of {sweep.name} is not verified: it is far off;")
     assert approved(sweep) is None
 
 

@@ -89,7 +89,8 @@ def note_end(ledger: Ledger, trial: str, last: dict | None) -> None:
     """Write down what the recorder would."""
     status = "failed"
     if last is not None:
-        known = dict.fromkeys(METRICS, 1.0) | {"reason": "", "shape": "{}", "epoch": 0, "by_class": []}
+        known = dict.fromkeys(METRICS, 1.0) | {"reason": "", "shape": "{}"}
+        known |= {"epoch": 0, "by_class": []}
         ledger.report(known | last | {"trial": trial})
         status = "stopped" if last["status"] == "running" else last["status"]
     if ledger.records[trial].origin == "dense" and status == "finished":
