@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -159,6 +159,7 @@ MEMBER_KEYS = (
     "checkpoint",
 )
 _SHOWN = ("val_top1", "gmacs", "effective_gmacs", "params", "density", "images_per_s")
+T = TypeVar("T")
 _RECORDS = TypeAdapter(list[TrialRecord])
 _NAMES = TypeAdapter(list[str])
 _JSON_COLUMNS = ("parameters", "plan", "shape", "history", "by_class")
@@ -267,10 +268,10 @@ def read_front(path: Path) -> Front:
     try:
         values = json.loads(path.read_text())
         rows = [{"status": "finished", **member} for member in values["front"]]
-        dense, *members = _checked([{"status": "dense", **values["dense"]}, *rows])
+        dense, *members = _checked(_RECORDS, [{"status": "dense", **values["dense"]}, *rows])
         cost, volume = values["cost"], float(values["hypervolume"])
         _check_shown(cost, [dense, *members])
-        classes = tuple(_NAMES.validate_python(values["classes"]))
+        classes = tuple(_checked(_NAMES, values["classes"]))
         return Front(
             cost=cost, hypervolume=volume, dense=dense, members=tuple(members), classes=classes
         )
@@ -308,14 +309,14 @@ def read_trials(path: Path) -> list[TrialRecord]:
         raise ValueError(f"{path} is no table of trials ({reason})") from error
 
 
-def _checked(rows: list[dict[str, Any]]) -> list[TrialRecord]:
-    """Return records whose values are of the right types.
+def _checked(kind: TypeAdapter[list[T]], values: list[Any]) -> list[T]:
+    """Return values of the right types.
 
     Raises:
         ValueError: For the first that is not, in one line.
     """
     try:
-        return _RECORDS.validate_python(rows)
+        return kind.validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{first['loc']}: {first['msg']}") from error

@@ -22,13 +22,13 @@ from tests.conftest import images_for
 
 
 def marked_images(count: int, seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Noise of 4 x 4 patches, four of which show a class: batches of images, labels and marks."""
+    """Noise of 4 x 4 patches, one of which shows a class: batches of images, labels and marks."""
     generator = torch.Generator().manual_seed(seed)
     colours = torch.eye(3)[:, :, None, None, None] * 3.0  # [classes, channels, 1, 1, 1]
     found = []
     for _ in range(count):
         labels = torch.randint(3, (32,), generator=generator)
-        marks = torch.rand(32, 16, generator=generator).argsort(1).argsort(1) < 4
+        marks = torch.rand(32, 16, generator=generator).argsort(1).argsort(1) < 1
         patches = 0.5 * torch.randn(32, 3, 16, 8, 8, generator=generator)
         patches += colours[labels] * marks[:, None, :, None, None]
         grid = patches.unflatten(2, (4, 4)).permute(0, 1, 2, 4, 3, 5)
@@ -37,20 +37,27 @@ def marked_images(count: int, seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 
 def test_selectors_learn_to_keep_what_matters(tiny) -> None:
-    vit = tiny(img_size=(32, 32), num_classes=3)
-    load_method("spvit").cut(vit, {}, {"blocks.1.token": 0.7})  # 4 of 16 patches go on
-    recipe = Recipe(epochs=6, lr=2e-3, selector_lr=1e-2, distill=0.0)
-    batches = marked_images(60, seed=1)
-    tuner = FineTuner(vit, recipe, len(batches))
-    for _ in range(recipe.epochs):
-        tuner.train_epoch((images, labels) for images, labels, _ in batches)
-    ((images, labels, marks),) = marked_images(1, seed=2)
-    vit.eval()
-    tokens = vit.blocks[0](Tokens(vit.embed(images)))
-    kept, _ = split_by_score(vit.blocks[1].front.score(tokens).keep, 4)
-    # By chance 0.25, with a standard deviation of 0.04; one mark of four is enough to classify.
-    assert marks.gather(1, kept).float().mean() > 0.45
-    assert (vit(images).argmax(1) == labels).float().mean() > 0.9
+    """In a model that is trained already: else it learns to read the package as well."""
+    found = []
+    for seed in (1, 2):
+        vit = tiny(img_size=(32, 32), num_classes=3)
+        batches = marked_images(60, seed)
+        pairs = [(images, labels) for images, labels, _ in batches]
+        tuner = FineTuner(vit, Recipe(epochs=2, lr=2e-3, distill=0.0), len(pairs))
+        for _ in range(2):
+            tuner.train_epoch(pairs)
+        load_method("spvit").cut(vit, {}, {"blocks.1.token": 0.7})  # 4 of 16 patches go on
+        recipe = Recipe(epochs=4, lr=1e-6, selector_lr=1e-2, distill=0.0)
+        tuner = FineTuner(vit, recipe, len(pairs))
+        for _ in range(recipe.epochs):
+            tuner.train_epoch(pairs)
+        ((images, labels, marks),) = marked_images(1, seed + 2)
+        vit.eval()
+        tokens = vit.blocks[0](Tokens(vit.embed(images)))
+        kept, _ = split_by_score(vit.blocks[1].front.score(tokens).keep, 4)
+        found.append(marks.gather(1, kept).any(1).float().mean())
+        assert (vit(images).argmax(1) == labels).float().mean() > 0.9
+    assert torch.stack(found).mean() > 0.45, found  # by chance 0.25, deviating by 0.05
 
 
 def a_table(vit: PrunableViT, selector_s: float) -> LatencyTable:
