@@ -283,7 +283,8 @@ def page_address(sweep: Sweep) -> str:
     first = Journal(sweep.directory / RUNS).read()[0]
     here = sweep.tracking is None or not sweep.tracking.startswith("http")
     server = "http://127.0.0.1:5000" if here else str(sweep.tracking).rstrip("/")
-    return f"{server}/#/experiments/{first['experiment']}/runs/{first['parent']}"
+    run = f"#/experiments/{first['experiment']}/runs/{first['parent']}"
+    return f"{server}/{run}?workflowType=machine_learning"
 
 
 def sweep_params(sweep: Sweep) -> dict[str, str]:

@@ -14,24 +14,19 @@ import argparse
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from engine_scale import ROOT, engine_of, feed
 from mlflow.tracking import MlflowClient
 from playwright.sync_api import Page, sync_playwright
+from sizing import server
 
 from search.mlflow_runs import local_uri
 from search.mlflow_views import FRONT, TRIALS, view_address
 
-PORT = 5057
 QUIET = ("no-sandbox", "disable-gpu", "disable-background-networking", "no-first-run")
 
 
@@ -43,27 +38,6 @@ def make(folder: str, trials: int) -> None:
     front = ledger.growing.front
     assert front is not None
     tracker.finish(front, list(ledger.records.values()))
-
-
-@contextmanager
-def server(uri: str) -> Iterator[str]:
-    """Run MLflow's page."""
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
-    process = subprocess.Popen(
-        [*command, "--port", str(PORT)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    address = f"http://127.0.0.1:{PORT}"
-    while True:
-        try:
-            urllib.request.urlopen(f"{address}/health", timeout=5).close()
-            break
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.3)
-    try:
-        yield address
-    finally:
-        process.terminate()
-        process.wait()
 
 
 def seconds_until(page: Page, address: str, arrived: Callable[[Page], None]) -> float:
@@ -129,7 +103,7 @@ def measure(directory: Path, rounds: int) -> None:
     )
     weigh(directory / "mlartifacts", parent.info.run_id)
     program = shutil.which("chromium") or shutil.which("google-chrome")
-    with server(uri) as address, sync_playwright() as playwright:
+    with server(directory) as address, sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=program, args=[f"--{flag}" for flag in QUIET]
         )

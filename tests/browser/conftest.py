@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from playwright.sync_api import Page, expect, sync_playwright
 
@@ -34,7 +35,7 @@ PATIENCE_MS = 60_000
 
 @dataclass(frozen=True, kw_only=True)
 class Demo:
-    """A sweep that was run by the README's command, with fewer trials.
+    """A sweep that was run by the README's command, with fewer trials and images.
 
     Attributes:
         directory: Where it lies.
@@ -47,9 +48,13 @@ class Demo:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
-    """The demo, shortened."""
+    """The demo, with fewer trials and images."""
     storage = tmp_path_factory.mktemp("demo")
     sets = ["trials=5", "ladder=3", "epochs=1", "halving=false", f'storage="{storage}"']
+    for split, images in (("train", 640), ("val", 400), ("test", 200)):
+        path = storage / f"{split}.parquet"
+        pq.write_table(pq.read_table(ROOT / f"search/sample/{split}.parquet")[:images], path)
+        sets.append(f'data.{split}="{path}"')
     said = python("-m", "search", "run", "search/sweeps/sample.toml", "--set", *sets)
     return Demo(directory=storage / "sample", said=said)
 

@@ -61,7 +61,7 @@ def test_the_parent_run_reads_like_a_page(
     for row, member in zip(rows.all(), front.members, strict=False):
         expect(row).to_contain_text(f"{member.val_top1:.1f}")
         expect(page.get_by_text(member.plan_line[:60]).first).to_be_visible()
-    expect(page.get_by_text("search/sample/val.parquet").first).to_be_visible()
+    expect(page.get_by_text(f"{demo.directory.parent}/val.parquet").first).to_be_visible()
     keep(page, "parent")
     member = front.members[0]
     with page.context.expect_page() as opened:  # in a window of its own
