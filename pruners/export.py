@@ -161,6 +161,8 @@ def onnx_call(path: str | Path, images: Tensor) -> Callable[[], list[Any]]:
     onnxruntime = _imported("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    # Else its threads spin on for a while, which slows down whatever runs next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     given = {INPUT: images.cpu().numpy()}
     return lambda: session.run([OUTPUT], given)

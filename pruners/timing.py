@@ -22,8 +22,11 @@ def seconds_in_turn(
 ) -> list[list[float]]:
     """Return the seconds of each call in each round.
 
+    Each is called twice in a round, of which the second call counts: the first one finds another
+    model's weights in the caches, as whoever uses one model does not.
+
     Args:
-        calls: What is timed; each is called once in a round.
+        calls: What is timed.
         rounds: Rounds that count.
         warmup: Rounds before these, which do not.
         device: Where the calls compute; None is the CPU.
@@ -31,13 +34,18 @@ def seconds_in_turn(
     times: list[list[float]] = [[] for _ in calls]
     for turn in range(warmup + rounds):
         for call, taken in zip(calls, times, strict=True):
+            _finish(call, device)
             start = time.perf_counter()
-            call()
-            if device is not None and device.type == "cuda":
-                torch.cuda.synchronize(device)
+            _finish(call, device)
             if turn >= warmup:
                 taken.append(time.perf_counter() - start)
     return times
+
+
+def _finish(call: Call, device: torch.device | None) -> None:
+    call()
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def forward_call(vit: PrunableViT, images: Tensor) -> Call:

@@ -70,9 +70,11 @@ def measure(directory: Path, rounds: int) -> None:
     experiment = client.get_experiment_by_name("page").experiment_id
     runs = client.search_runs([experiment], max_results=50_000)
     parent = next(run for run in runs if "mlflow.parentRunId" not in run.data.tags)
-    dearest = max(
-        (run for run in runs if run.data.tags.get("front") == "true"),
-        key=lambda run: run.data.metrics["cost_ratio"],
+    measured = [run for run in runs if "cost_ratio" in run.data.metrics]
+    of_front = [run for run in measured if run.data.tags["front"] == "true"]
+    cheapest, first = (
+        min(some, key=lambda run: run.data.metrics["cost_ratio"]).info.run_name
+        for some in (measured, of_front)
     )
     base = f"#/experiments/{experiment}/runs"
 
@@ -80,10 +82,10 @@ def measure(directory: Path, rounds: int) -> None:
         page.get_by_role("gridcell", name="page").first.wait_for()
 
     def member(page: Page) -> None:
-        page.get_by_role("link", name=dearest.info.run_name).first.wait_for()
+        page.get_by_role("link", name=first).first.wait_for()
 
     def trials(page: Page) -> None:
-        page.get_by_role("link", name="dense").first.wait_for()
+        page.get_by_role("link", name=cheapest).first.wait_for()
 
     def note(page: Page) -> None:
         page.get_by_role("columnheader", name="images/s").wait_for()
