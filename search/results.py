@@ -303,7 +303,7 @@ def read_trials(path: Path) -> list[TrialRecord]:
             rows = file.read(use_threads=False).to_pylist()
         for row in rows:
             row |= {column: json.loads(row[column]) for column in _JSON_COLUMNS}
-        return _checked(rows)
+        return _checked(_RECORDS, rows)
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is no table of trials ({reason})") from error
