@@ -97,7 +97,8 @@ def test_the_plot_is_found_and_says_a_plan(
     page.get_by_role("tab", name="Artifacts").click()
     page.get_by_text("front.html", exact=True).first.click()
     frame = frame_of(page)
-    dominated, members, dense = frame.locator(".scatterlayer .trace").all()
+    frame.locator(".scatterlayer .trace").nth(1).wait_for()  # the front and the dense point
+    *dominated, members, dense = frame.locator(".scatterlayer .trace").all()
     for number, member in enumerate(front.members):
         members.locator(".points path").nth(number).hover(force=True)
         hover = frame.locator(".hoverlayer .hovertext").first
@@ -106,7 +107,8 @@ def test_the_plot_is_found_and_says_a_plan(
     keep(page, "front")
     dense.locator(".points path").hover(force=True)
     expect(frame.locator(".hoverlayer .hovertext").first).to_contain_text("0000 dense")
-    assert dominated.locator(".points path").count() == 4 - len(front.members)
+    drawn = sum(trace.locator(".points path").count() for trace in dominated)
+    assert drawn == 4 - len(front.members)  # plotly leaves a trace without points out
     box = page.locator("iframe").first.bounding_box()
     assert box is not None
     shown = frame.locator(".main-svg").first.bounding_box()
