@@ -7,7 +7,6 @@ example and metadata; as extra files, what `PrunableViT.load` opens. Nothing in 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import tempfile
@@ -27,8 +26,9 @@ from torch import Tensor
 from pruners import PrunableViT
 from pruners.checkpoint import SHAPE, WEIGHTS, replace_file
 from pruners.export import OUTPUT, agreement, write_onnx
-from search.digests import directory_digest, file_digest, json_digest
+from search.digests import directory_digest, file_digest
 from search.results import TrialRecord
+from search.sealed import DAMAGE, read_sealed, sealed
 from search.sweep import Sweep
 from search.trial_data import open_split
 from search.trial_files import check_model
@@ -131,8 +131,7 @@ def make_served(
         }
         shutil.rmtree(folder / member.trial, ignore_errors=True)
         os.replace(temporary, folder / member.trial)
-        sealed = json.dumps({**note, "digest": json_digest(note)})
-        replace_file(_note(folder, member.trial), lambda path: path.write_text(sealed))
+        replace_file(_note(folder, member.trial), lambda path: path.write_text(sealed(note)))
     return _served(folder, member.trial, note)
 
 
@@ -145,25 +144,13 @@ def read_served(folder: Path, trial: str, weights: str) -> Served | None:
         weights: SHA-256 of the file of its weights.
     """
     try:
-        note = json.loads(_note(folder, trial).read_text())
-        if note.pop("digest") != json_digest(note) or note["weights"] != weights:
+        note = read_sealed(_note(folder, trial))
+        if note["weights"] != weights:
             return None
         served = _served(folder, trial, note)
-    except _DAMAGE:
+    except DAMAGE:
         return None
     return served if directory_digest(served.directory) == served.digest else None
-
-
-_DAMAGE = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    OverflowError,
-    RecursionError,
-)
-"""What reading a note raises that is absent, or not what was written."""
 
 
 def measurements(record: TrialRecord) -> dict[str, Any]:

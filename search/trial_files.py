@@ -9,7 +9,6 @@ trials, which takes longer the more there are. What lies here is found by the tr
 from __future__ import annotations
 
 import io
-import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ import torch
 from pruners import PrunableViT
 from pruners.checkpoint import SHAPE, WEIGHTS
 from search.digests import file_digest, json_digest
+from search.sealed import DAMAGE, read_sealed, sealed
 from search.writing import writing_to
 
 MODELS = "models"
@@ -86,8 +86,7 @@ class TrialFiles:
                 "results": results,
                 "seconds": seconds,
             }
-            sealed = {**saved, "digest": json_digest(saved)}
-            (temporary / RESULTS).write_text(json.dumps(sealed))
+            (temporary / RESULTS).write_text(sealed(saved))
             shutil.rmtree(target, ignore_errors=True)  # of another trial of this name
             os.replace(temporary, target)
             for other in self.directory.iterdir():
@@ -105,12 +104,12 @@ class TrialFiles:
             return None
         path = found[-1] / RESULTS
         try:
-            saved = _read(path)
+            saved = read_sealed(path)
             if saved["identity"] != self.identity:
                 return None
             digests, results = dict(saved["digests"]), list(saved["results"])
             ended, seconds = results[-1]["status"] != "running", float(saved["seconds"])
-        except _DAMAGE as error:
+        except DAMAGE as error:
             raise ValueError(_damaged(path)) from error
         expected = {WEIGHTS, SHAPE} if ended else {WEIGHTS, SHAPE, TUNER}
         if digests.keys() != expected:
@@ -145,31 +144,11 @@ def check_model(directory: Path) -> None:
     """
     path = directory / RESULTS
     try:
-        digests = _read(path)["digests"]
+        digests = read_sealed(path)["digests"]
         wanted = {name: digests[name] for name in (WEIGHTS, SHAPE)}
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise ValueError(_damaged(path)) from error
     _check_digests(directory, wanted)
-
-
-_DAMAGE = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    OverflowError,
-    RecursionError,
-)
-"""What reading `RESULTS` raises where it is not what was written."""
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """Read `RESULTS`, whose digest is part of it; raises any of `_DAMAGE`."""
-    saved: dict[str, Any] = json.loads(path.read_text())
-    if saved.pop("digest") != json_digest(saved):
-        raise ValueError(_damaged(path))
-    return saved
 
 
 def _tuner_state(path: Path) -> dict[str, Any]:
