@@ -24,13 +24,13 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from cluster.schedules import Claim, Record, Schedule, run_name, stamp, unstamp
 from search.sweep import PASSWORD, SweepError
+from search.tracking_uri import SQLITE, artifacts_beside
 
 TAG = "prunefront."
 """What the tags of a slot's experiment begin with."""
 
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # as search.mlflow_runs gives it
 _RECENT = 100  # experiments of which the last slot is one: all, unless somebody makes more at once
-_SQLITE = "sqlite:///"
 
 
 class Slots:
@@ -61,8 +61,8 @@ class Slots:
                 "tracking holds a password, which all who see the jobs would see; give it as "
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, here and on the nodes"
             )
-        if uri.startswith(_SQLITE):  # a job has another working directory
-            uri = _SQLITE + str(Path(uri.removeprefix(_SQLITE)).resolve())
+        if uri.startswith(SQLITE):  # a job has another working directory
+            uri = SQLITE + str(Path(uri.removeprefix(SQLITE)).resolve())
         for noisy in ("alembic", "mlflow.store.db.utils"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         # Who asks asks again in a minute, and must not wait for minutes until then.
@@ -101,7 +101,7 @@ class Slots:
         }
         with self._answers():
             try:
-                self._client.create_experiment(name, self._artifacts(), tags=_KIND | tags)
+                self._client.create_experiment(name, artifacts_beside(self.uri), tags=_KIND | tags)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":
                     raise
@@ -174,12 +174,6 @@ class Slots:
                     # Of two that write a new tag at once MLflow refuses one (a unique key), which
                     # may overwrite it then.
                     self._client.set_experiment_tag(claim.experiment, TAG + key, value)
-
-    def _artifacts(self) -> str | None:
-        """Where artifacts go: a server knows; beside a SQLite file, not where one happens to be."""
-        if not self.uri.startswith(_SQLITE):
-            return None
-        return (Path(self.uri.removeprefix(_SQLITE)).parent / "mlartifacts").as_uri()
 
     @contextmanager
     def _answers(self) -> Iterator[None]:

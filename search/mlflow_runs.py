@@ -29,6 +29,7 @@ from search.parent_page import ParentPage
 from search.results import Front, TrialRecord
 from search.sweep import Sweep, SweepError
 from search.sweep_toml import sweep_toml
+from search.tracking_uri import artifacts_beside
 
 RUNS = "mlflow.jsonl"
 """File of a sweep's directory that says which MLflow runs are its own, first the sweep's, and how
@@ -103,17 +104,17 @@ class SweepRuns:
             SweepError: If there are none yet, and MLflow does not take any.
         """
         uri, directory, name = sweep.tracking, sweep.directory, sweep.name
+        store = uri or local_uri(directory)
         notes = Journal(directory / RUNS, may_write)
         try:
-            client = mlflow_client(uri or local_uri(directory))
+            client = mlflow_client(store)
             if noted := notes.read():
                 return cls(client, notes, noted, sweep, dense, earlier)
             experiment = client.get_experiment_by_name(name)
-            where = None if uri else (directory / "mlartifacts").resolve().as_uri()
             identity = (
                 experiment.experiment_id
                 if experiment
-                else client.create_experiment(name, where, tags=_KIND)
+                else client.create_experiment(name, artifacts_beside(store), tags=_KIND)
             )
             for key, value in view_tags(_now()).items():
                 client.set_experiment_tag(identity, key, value)

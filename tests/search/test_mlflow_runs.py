@@ -254,6 +254,22 @@ def test_the_tags_of_a_front_follow_it_past_a_killed_driver(tmp_path: Path) -> N
     assert set(runs(again.client, "tags.front = 'true'", tmp_path.name)) == {better.name}
 
 
+def test_artifacts_do_not_go_where_a_driver_happens_to_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there, sweep = (tmp_path / name for name in ("here", "there", "sweep"))
+    for directory in (here, there, sweep):
+        directory.mkdir()
+    monkeypatch.chdir(here)
+    tracking = f"sqlite:///{there}/mlflow.db"
+    sweep_runs = SweepRuns.open(tracked(sweep, tracking), TINY_SHAPE)
+    log(sweep_runs, [asked(dataclasses.replace(DENSE, shape=SHAPE))])
+    experiment = sweep_runs.client.get_experiment_by_name("sweep")
+    assert experiment.artifact_location == (there / "mlartifacts").as_uri()
+    assert list((there / "mlartifacts").rglob("plan.json"))
+    assert not list(here.iterdir())
+
+
 def test_what_mlflow_refuses_is_raised(tmp_path: Path) -> None:
     sweep_runs = opened(tmp_path)
     log(sweep_runs, [asked(DENSE)])
