@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from itertools import islice
-from pathlib import Path
 from typing import Literal
 
 from mlflow.entities import Experiment, ViewType
@@ -24,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from cluster.schedules import Claim, Record, Schedule, run_name, stamp, unstamp
 from search.sweep import PASSWORD, SweepError
-from search.tracking_uri import SQLITE, artifacts_beside
+from search.tracking_uri import SQLITE, artifacts_beside, sqlite_file
 
 TAG = "prunefront."
 """What the tags of a slot's experiment begin with."""
@@ -61,8 +60,8 @@ class Slots:
                 "tracking holds a password, which all who see the jobs would see; give it as "
                 "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, here and on the nodes"
             )
-        if uri.startswith(SQLITE):  # a job has another working directory
-            uri = SQLITE + str(Path(uri.removeprefix(SQLITE)).resolve())
+        if file := sqlite_file(uri):  # absolute: a job has another working directory
+            uri = f"{SQLITE}{file}"
         for noisy in ("alembic", "mlflow.store.db.utils"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         # Who asks asks again in a minute, and must not wait for minutes until then.

@@ -29,7 +29,7 @@ from search.parent_page import ParentPage
 from search.results import Front, TrialRecord
 from search.sweep import Sweep, SweepError
 from search.sweep_toml import sweep_toml
-from search.tracking_uri import artifacts_beside
+from search.tracking_uri import SQLITE, artifacts_beside
 
 RUNS = "mlflow.jsonl"
 """File of a sweep's directory that says which MLflow runs are its own, first the sweep's, and how
@@ -264,7 +264,7 @@ def _now() -> int:
 
 def local_uri(directory: Path) -> str:
     """Return the tracking URI of the database in a sweep's directory."""
-    return f"sqlite:///{directory.resolve() / 'mlflow.db'}"
+    return f"{SQLITE}{directory.resolve() / 'mlflow.db'}"
 
 
 def ui_command(uri: str | None, directory: Path) -> str:
@@ -273,7 +273,7 @@ def ui_command(uri: str | None, directory: Path) -> str:
         return uri
     here = os.path.relpath(Path(sys.executable).with_name("mlflow"))  # not everyone activates
     program = "mlflow" if shutil.which("mlflow") else here
-    return f"{program} ui --backend-store-uri {uri or f'sqlite:///{directory}/mlflow.db'}"
+    return f"{program} ui --backend-store-uri {uri or f'{SQLITE}{directory}/mlflow.db'}"
 
 
 def page_address(sweep: Sweep) -> str:

@@ -1,4 +1,4 @@
-"""Where the artifacts of a tracking store go that is a file, not a server."""
+"""Tracking stores that are a SQLite file: which, and where their artifacts go."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from pathlib import Path
 
 SQLITE = "sqlite:///"
 """What the tracking URI of a SQLite file begins with."""
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """Return the absolute path of the file that a tracking URI names; None if it names none."""
+    return Path(uri.removeprefix(SQLITE)).resolve() if uri.startswith(SQLITE) else None
 
 
 def artifacts_beside(uri: str) -> str | None:
@@ -17,6 +22,5 @@ def artifacts_beside(uri: str) -> str | None:
     Args:
         uri: Tracking URI.
     """
-    if not uri.startswith(SQLITE):
-        return None
-    return (Path(uri.removeprefix(SQLITE)).resolve().parent / "mlartifacts").as_uri()
+    file = sqlite_file(uri)
+    return None if file is None else (file.parent / "mlartifacts").as_uri()
