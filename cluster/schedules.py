@@ -24,8 +24,8 @@ from typing import Literal
 from cronsim import CronSim, CronSimError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from search.sweep import SweepError
-from search.sweep_file import problem_line
+from search.sweep.spec import SweepError
+from search.sweep.toml import problem_line
 
 GRACE = timedelta(minutes=10)
 """Age up to which a slot is on time."""

@@ -22,13 +22,13 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
 from cluster.schedules import Claim, Record, Schedule, run_name, stamp, unstamp
-from search.sweep import PASSWORD, SweepError
-from search.tracking_uri import SQLITE, artifacts_beside, sqlite_file
+from search.sweep.spec import PASSWORD, SweepError
+from search.sweep.tracking_uri import SQLITE, artifacts_beside, sqlite_file
 
 TAG = "prunefront."
 """What the tags of a slot's experiment begin with."""
 
-_KIND = {"mlflow.experimentKind": "custom_model_development"}  # as search.mlflow_runs gives it
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # as search.tracking.runs gives it
 _RECENT = 100  # experiments of which the last slot is one: all, unless somebody makes more at once
 
 

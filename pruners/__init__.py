@@ -7,11 +7,11 @@
 >>> plan.apply(vit)
 """
 
-from pruners.cost import Cost, cost_of
+from pruners.families.pruner import Pruner, load_method, method_names
+from pruners.model.cost import Cost, cost_of
+from pruners.model.shape import BlockShape, ViTShape
+from pruners.model.vit import PrunableViT
 from pruners.plan import Plan, Step
-from pruners.pruner import Pruner, load_method, method_names
-from pruners.shape import BlockShape, ViTShape
-from pruners.vit import PrunableViT
 
 __all__ = [
     "BlockShape",

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, Self
 
-from pruners.learned import Learned, LearnedPruner
-from pruners.pruner import FAMILIES, Batches, Pruner, Thresholds, load_method
-from pruners.shape import ViTShape
-from pruners.vit import PrunableViT
+from pruners.families.learned import Learned, LearnedPruner
+from pruners.families.pruner import FAMILIES, Batches, Pruner, Thresholds, load_method
+from pruners.model.shape import ViTShape
+from pruners.model.vit import PrunableViT
 
 
 @dataclass(frozen=True, kw_only=True)

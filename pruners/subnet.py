@@ -15,13 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pruners.attention import Attention
-from pruners.learned import Learned, LearnedPruner
+from pruners.families.learned import Learned, LearnedPruner
+from pruners.families.pruner import Batches, Pruner, Scores
+from pruners.model.attention import Attention
+from pruners.model.shape import BlockShape, ViTShape
+from pruners.model.sites import RAGGED, ragged_site
+from pruners.model.vit import PrunableViT
 from pruners.plan import Plan
-from pruners.pruner import Batches, Pruner, Scores
-from pruners.shape import BlockShape, ViTShape
-from pruners.sites import RAGGED, ragged_site
-from pruners.vit import PrunableViT
 
 
 class _Part(NamedTuple):

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from search.progress import front_table
-from search.results import read_front
-from search.sweep import SweepError, SweepFailedError, SweepInterruptedError
-from search.sweep_file import check_files, load_sweep
+from search.records.files import read_front
+from search.report.progress import front_table
+from search.sweep.spec import SweepError, SweepFailedError, SweepInterruptedError
+from search.sweep.toml import check_files, load_sweep
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -99,14 +99,14 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from search.report import write_report
+    from search.report.report import write_report
 
     write_report(args.directory, args.out, args.pictures)
     print(f"wrote {args.out}")
 
 
 def _compare(args: argparse.Namespace) -> None:
-    from search.compare import print_comparison, read_fronts, write_comparison
+    from search.report.compare import print_comparison, read_fronts, write_comparison
 
     fronts = read_fronts(args.directories)
     print_comparison(fronts, sys.stdout)
@@ -122,7 +122,7 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _promote(args: argparse.Namespace) -> None:
-    from search.promote import promote
+    from search.tracking.promote import promote
 
     for line in promote(args.model, args.version, args.tracking):
         print(line)

@@ -6,10 +6,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pruners import PrunableViT
-from search.model import load_model
-from search.shards import Shards, find_shards, naming
-from search.space import Space
-from search.sweep import Sweep, SweepError
+from search.data.model import load_model
+from search.data.shards import Shards, find_shards, naming
+from search.space.space import Space
+from search.sweep.spec import Sweep, SweepError
 
 
 def check(sweep: Sweep) -> tuple[PrunableViT, Space]:

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 
 from pruners import PrunableViT, cost_of
-from pruners.checkpoint import SHAPE, WEIGHTS, read_description
-from pruners.export import TOLERANCE, Agreement, agreement, write_onnx, write_program
-from pruners.plain_timm import SCRIPT, why_not, write_timm
-from pruners.plain_timm import WEIGHTS as TIMM_WEIGHTS
-from pruners.semi_structured import is_two_of_four, semi_structured_layers
+from pruners.export.onnx import TOLERANCE, Agreement, agreement, write_onnx, write_program
+from pruners.export.semi_structured import is_two_of_four, semi_structured_layers
+from pruners.export.timm import SCRIPT, why_not, write_timm
+from pruners.export.timm import WEIGHTS as TIMM_WEIGHTS
+from pruners.model.checkpoint import SHAPE, WEIGHTS, read_description
+from search.data.splits import open_split
 from search.export_speed import Speed, measure_speed
-from search.results import TrialRecord, read_trials
-from search.served import measurements
-from search.sweep_file import load_sweep
-from search.trial_data import open_split
-from search.trial_files import check_model
+from search.records.files import read_trials
+from search.records.trial_record import TrialRecord
+from search.sweep.toml import load_sweep
+from search.tracking.served import measurements
+from search.trial.trial_files import check_model
 
 PROGRAM, ONNX = "model.pt2", "model.onnx"
 SEMI_STRUCTURED, MEASURED = "semi_structured.json", "measured.json"

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from pruners import PrunableViT
-from pruners.export import onnx_call
-from pruners.timing import forward_call, seconds_in_turn
+from pruners.export.onnx import onnx_call
+from pruners.latency.timing import forward_call, seconds_in_turn
 
 SECONDS = 4.0
 """Time for each number of images, about; a large model takes what three rounds take."""

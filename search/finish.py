@@ -7,22 +7,17 @@ import dataclasses
 import ray
 
 from pruners import PrunableViT
-from search.ledger import Ledger
-from search.progress import Progress
-from search.registry import Registration
-from search.results import (
-    DONE,
-    Front,
-    TrialRecord,
-    build_front,
-    write_front,
-    write_trials,
-)
-from search.serving import served_models, start_serving
-from search.sweep import Sweep, SweepFailedError
-from search.tracking import Tracker
-from search.trial_data import measure_on_test
-from search.writing import writing_to
+from search.records.atomic import writing_to
+from search.records.files import DONE, write_front, write_trials
+from search.records.front import Front, build_front
+from search.records.ledger import Ledger
+from search.records.trial_record import TrialRecord
+from search.report.progress import Progress
+from search.sweep.spec import Sweep, SweepFailedError
+from search.tracking.registry import Registration
+from search.tracking.serving import served_models, start_serving
+from search.tracking.tracker import Tracker
+from search.trial.measure_on_test import measure_on_test
 
 
 def finish(

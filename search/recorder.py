@@ -12,16 +12,16 @@ from typing import Any
 from ray import tune
 from ray.tune.experiment import Trial
 
-from search.hang import has_hung
-from search.ledger import Ledger
-from search.progress import Progress
-from search.results import write_front, write_trials
-from search.retries import NODE_MEMORY, Retries
-from search.searcher import PlanSearcher
-from search.sweep import SweepFailedError
-from search.tracking import Tracker
-from search.trial_files import hung_path
-from search.writing import writing_to
+from search.records.atomic import writing_to
+from search.records.files import write_front, write_trials
+from search.records.ledger import Ledger
+from search.report.progress import Progress
+from search.strategy.searcher import PlanSearcher
+from search.sweep.spec import SweepFailedError
+from search.tracking.tracker import Tracker
+from search.trial.retries import NODE_MEMORY, Retries
+from search.trial.trial_files import hung_path
+from search.trial.watchdog import has_hung
 
 REST = 19.0
 """How long the tables stay as they are, in multiples of the time that writing them took.

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TextIO
 
-from search.change import change
 from search.check import check
-from search.mlflow_runs import page_address, ui_command
-from search.progress import front_table, headline
-from search.results import read_front
-from search.sweep import Sweep
+from search.records.files import read_front
+from search.records.front_diff import change
+from search.report.progress import front_table, headline
+from search.sweep.spec import Sweep
+from search.tracking.runs import page_address, ui_command
 
 WORSE = 3
 """Exit status of a sweep whose front is smaller than the one it started from."""

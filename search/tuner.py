@@ -15,36 +15,32 @@ import ray
 from ray import tune
 
 from pruners import PrunableViT
-from pruners.learned import Learned
-from search.elastic import ElasticStart, tune_elastic
+from pruners.families.learned import Learned
+from search.data.fingerprint import identity
+from search.data.shards import Shards, find_shards
 from search.finish import finish
-from search.identity import identity
-from search.in_order import InOrder
-from search.learning import LearningRun, learn_all
-from search.lease import hold
-from search.ledger import Ledger
-from search.mlflow_runs import SweepRuns
-from search.moasha import MoAsha
-from search.node_memory import full_nodes_end_actors_only
-from search.progress import Progress, front_line
+from search.prepare.elastic import ElasticStart, tune_elastic
+from search.prepare.learning import LearningRun, learn_all
 from search.recorder import Recorder
-from search.results import (
-    DONE,
-    Front,
-    TrialRecord,
-    build_front,
-    read_front,
-)
-from search.searcher import PlanSearcher
-from search.shards import Shards, find_shards
-from search.shared_trial import HEAD, SharedTrial, ray_folder, worker_bundle
-from search.space import Space
-from search.sweep import Sweep, SweepError, SweepInterruptedError
-from search.sweep_toml import sweep_toml
-from search.tracking import Tracker
-from search.trial import PlanTrial
-from search.trial_inputs import TrialInputs
-from search.writing import writing_to
+from search.records.atomic import writing_to
+from search.records.files import DONE, read_front
+from search.records.front import Front, build_front
+from search.records.lease import hold
+from search.records.ledger import Ledger
+from search.records.trial_record import TrialRecord
+from search.report.progress import Progress, front_line
+from search.space.space import Space
+from search.strategy.fifo import InOrder
+from search.strategy.moasha import MoAsha
+from search.strategy.searcher import PlanSearcher
+from search.sweep.spec import Sweep, SweepError, SweepInterruptedError
+from search.sweep.toml import sweep_toml
+from search.tracking.runs import SweepRuns
+from search.tracking.tracker import Tracker
+from search.trial.inputs import TrialInputs
+from search.trial.node_memory import full_nodes_end_actors_only
+from search.trial.trial import PlanTrial
+from search.trial.worker_group import HEAD, SharedTrial, ray_folder, worker_bundle
 
 ELASTIC_PLANS = 256
 """Plans that are drawn for an elastic start; longer ones go through them again."""
@@ -53,7 +49,7 @@ RAY_SETTINGS = {  # environment variables
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the recorder writes what is needed
     "RAY_AIR_NEW_OUTPUT": "0",  # which prints errors whatever `verbose` says
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths of a sweep are relative to where it was started
-    "RAY_TRAIN_COUNT_PREEMPTION_AS_FAILURE": "1",  # or Ray would restart what search.retries does
+    "RAY_TRAIN_COUNT_PREEMPTION_AS_FAILURE": "1",  # search.trial.retries restarts
     "TUNE_GLOBAL_CHECKPOINT_S": "1e9",  # Ray's snapshots, which nothing reads
 }
 
@@ -236,7 +232,7 @@ def run_trials(
             resources_per_trial=tune.PlacementGroupFactory([bundle(sweep)]),
             reuse_actors=True,
             callbacks=[recorder],
-            max_failures=0,  # search.retries decides
+            max_failures=0,  # search.trial.retries decides
             raise_on_failed_trial=False,
             trial_name_creator=_name,
             trial_dirname_creator=_name,

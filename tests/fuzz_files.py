@@ -22,21 +22,22 @@ import tomli_w
 from PIL import Image
 
 from search.check import label_range
-from search.decode import Corrupt, ImageSpec, decode_all
-from search.journal import Journal
-from search.ledger import METRICS, Ledger
-from search.mlflow_runs import RUNS, SweepRuns
-from search.note import note
-from search.parquet import open_decoded, open_images
-from search.results import build_front, read_front, read_trials, write_front, write_trials
-from search.shards import find_shards
-from search.sweep_file import load_sweep
-from search.teacher import open_answers
+from search.data.decode import Corrupt, ImageSpec, decode_all
+from search.data.images import open_decoded, open_images
+from search.data.shards import find_shards
+from search.data.teacher import open_answers
+from search.records.files import read_front, read_trials, write_front, write_trials
+from search.records.front import build_front
+from search.records.journal import Journal
+from search.records.ledger import METRICS, Ledger
+from search.sweep.toml import load_sweep
+from search.tracking.note import note
+from search.tracking.runs import RUNS, SweepRuns
 from tests.conftest import SWEEP_TOML, png, random_pixels, write_images
 from tests.fuzz_format import Format, either
 from tests.mutations import ODD, Random, damaged, damaged_json, odd_values
-from tests.search.test_mlflow_runs import TINY_SHAPE, tracked
-from tests.search.test_results import record
+from tests.search.records.test_files import record
+from tests.search.tracking.test_runs import TINY_SHAPE, tracked
 
 SPEC = ImageSpec(size=(6, 4), channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
 
@@ -173,7 +174,7 @@ def mlflow_notes(folder: Path) -> Format:
     content = path.read_bytes()
 
     def read() -> object:
-        with patch("search.mlflow_runs.mlflow_client"):
+        with patch("search.tracking.runs.mlflow_client"):
             return SweepRuns.open(tracked(folder), TINY_SHAPE)
 
     def damage(random: Random) -> bytes:

@@ -15,11 +15,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from pruners import Plan, PrunableViT, Step, load_method
-from pruners.gates import Learner, LearningData, run
-from pruners.learned import Learned
-from search.digests import directory_digest, file_digest, json_digest
-from search.served import read_served
-from search.trial_files import RESULTS, TUNER, TrialFiles
+from pruners.families.learned import Learned
+from pruners.model.gates import Learner, LearningData, run
+from search.records.digests import directory_digest, file_digest, json_digest
+from search.tracking.served import read_served
+from search.trial.trial_files import RESULTS, TUNER, TrialFiles
 from tests.fuzz_format import Format, either
 from tests.mutations import Random, damaged, damaged_json, odd_values
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from hypothesis import strategies as st
 
-from search.rungs import Floats
+from search.strategy.rungs import Floats
 
 AmongBest = Callable[[Floats, Floats, int, float], bool]
 """Of a rung's costs [n] and accuracies [n]: is result `i` among the best 1/eta?"""

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from search import decode
-from search.trial_files import RESULTS, TUNER
+from search.data import decode
+from search.trial.trial_files import RESULTS, TUNER
 from tests import fuzz_files, fuzz_models
 from tests.fuzz_format import Format
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from pruners.checkpoint import replace_file
-from pruners.vit import PrunableViT
+from pruners.model.checkpoint import replace_file
+from pruners.model.vit import PrunableViT
 
 INPUT, OUTPUT = "images", "logits"
 """Names of an ONNX file's input and output."""

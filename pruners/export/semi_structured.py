@@ -17,7 +17,7 @@ from torch.sparse import (
     SparseSemiStructuredTensorCUTLASS,
 )
 
-from pruners.vit import PrunableViT
+from pruners.model.vit import PrunableViT
 
 DTYPES = (torch.float16, torch.bfloat16)
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import timm
 from torch import Tensor
 
-from pruners.attention import Attention
-from pruners.checkpoint import replace_file, write_tensors
-from pruners.vit import Block, PrunableViT
+from pruners.model.attention import Attention
+from pruners.model.checkpoint import replace_file, write_tensors
+from pruners.model.vit import Block, PrunableViT
 
 WEIGHTS, SCRIPT = "timm.safetensors", "load_timm.py"
 

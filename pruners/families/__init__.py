@@ -1,0 +1,1 @@
+"""What a pruning method is, and what the methods of a family share."""

@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor
 
-from pruners.cost import cost_of
-from pruners.shape import ViTShape
+from pruners.model.cost import cost_of
+from pruners.model.shape import ViTShape
 
 
 def rank_globally(

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pruners.curvature import Curvature, gradient_chunks, layer_groups
-from pruners.pruner import Batches, Scores, Thresholds
-from pruners.vit import PrunableViT
-from pruners.weight_pruner import WeightPruner
+from pruners.families.pruner import Batches, Scores, Thresholds
+from pruners.families.weight import WeightPruner
+from pruners.model.vit import PrunableViT
+from pruners.saliency.curvature import Curvature, gradient_chunks, layer_groups
 
 
 @dataclass(frozen=True, kw_only=True)

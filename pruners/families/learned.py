@@ -16,15 +16,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from pruners.allocation import common_cutoff
-from pruners.checkpoint import load_weights, write_tensors
-from pruners.cost import cost_of
-from pruners.gates import Learner, LearningData, run
-from pruners.pruner import Batches, Scores, Thresholds
-from pruners.shape import ViTShape
-from pruners.sites import block_site, kind_of
-from pruners.unit_pruner import UnitPruner
-from pruners.vit import PrunableViT
+from pruners.families.allocation import common_cutoff
+from pruners.families.pruner import Batches, Scores, Thresholds
+from pruners.families.unit import UnitPruner
+from pruners.model.checkpoint import load_weights, write_tensors
+from pruners.model.cost import cost_of
+from pruners.model.gates import Learner, LearningData, run
+from pruners.model.shape import ViTShape
+from pruners.model.sites import block_site, kind_of
+from pruners.model.vit import PrunableViT
 
 _NOT_A_REPORT = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 

@@ -20,8 +20,8 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from pruners.shape import ViTShape
-from pruners.vit import PrunableViT
+from pruners.model.shape import ViTShape
+from pruners.model.vit import PrunableViT
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 """Images [B, channels, height, width], normalised, and labels [B]."""

@@ -7,13 +7,13 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pruners.allocation import same_share
-from pruners.cost import cost_of
-from pruners.policy import PolicyLoss
-from pruners.pruner import Scores, Thresholds
-from pruners.shape import ViTShape
-from pruners.token_pruner import TokenPruner, quarters, token_shares
-from pruners.vit import PrunableViT
+from pruners.families.allocation import same_share
+from pruners.families.pruner import Scores, Thresholds
+from pruners.families.token import TokenPruner, quarters, token_shares
+from pruners.model.cost import cost_of
+from pruners.model.policy import PolicyLoss
+from pruners.model.shape import ViTShape
+from pruners.model.vit import PrunableViT
 
 EMBEDDINGS = ("cls_token", "dist_token", "reg_token", "pos_embed")
 """What is never trained beside a selector, as in the code of DynamicViT and of SPViT."""
@@ -24,8 +24,9 @@ class SelectorPruner(TokenPruner, abc.ABC):
     """A method with a small network, in front of some blocks, that says which patches go on.
 
     Thresholds compound: the patches that a selector keeps number floor(patches * product of
-    (1 - share) up to it). In training nothing is removed (`pruners.policy`); otherwise exactly
-    that many patches go on, the ones with the highest scores. The selectors are part of the model.
+    (1 - share) up to it). In training nothing is removed (`pruners.model.policy`); otherwise
+    exactly that many patches go on, the ones with the highest scores. The selectors are part of the
+    model.
 
     Attributes:
         blocks: Blocks that a selector may stand in front of; if empty, those at 1/4, 1/2 and 3/4 of

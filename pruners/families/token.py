@@ -10,11 +10,11 @@ from typing import ClassVar
 
 import torch
 
-from pruners.allocation import same_share
-from pruners.pruner import Batches, Pruner, Scores, Thresholds
-from pruners.shape import BlockShape, ViTShape
-from pruners.tokens import FrontReducer, MiddleReducer, TokenLoss, TokenReducer
-from pruners.vit import PrunableViT
+from pruners.families.allocation import same_share
+from pruners.families.pruner import Batches, Pruner, Scores, Thresholds
+from pruners.model.shape import BlockShape, ViTShape
+from pruners.model.tokens import FrontReducer, MiddleReducer, TokenLoss, TokenReducer
+from pruners.model.vit import PrunableViT
 
 
 @dataclass(frozen=True, kw_only=True)

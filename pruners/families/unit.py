@@ -11,12 +11,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pruners.allocation import rank_globally
-from pruners.attention import Attention
-from pruners.pruner import Pruner, Scores, Thresholds
-from pruners.shape import BlockShape, ViTShape, units_kept
-from pruners.sites import RAGGED, WHOLE, kind_of, ragged_site, unit_sites
-from pruners.surgery import (
+from pruners.families.allocation import rank_globally
+from pruners.families.pruner import Pruner, Scores, Thresholds
+from pruners.model.attention import Attention
+from pruners.model.shape import BlockShape, ViTShape, units_kept
+from pruners.model.sites import RAGGED, WHOLE, kind_of, ragged_site, unit_sites
+from pruners.model.surgery import (
     keep_attention_writes,
     keep_heads,
     keep_mlp_writes,
@@ -28,7 +28,7 @@ from pruners.surgery import (
     remove_attention,
     remove_mlp,
 )
-from pruners.vit import Block, PrunableViT
+from pruners.model.vit import Block, PrunableViT
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pruners.allocation import rank_globally, same_share
-from pruners.masks import apply_masks, keep_highest, keep_n_of_m
-from pruners.pruner import Batches, Pruner, Scores, Thresholds
-from pruners.shape import ViTShape, units_kept
-from pruners.vit import PrunableViT
+from pruners.families.allocation import rank_globally, same_share
+from pruners.families.pruner import Batches, Pruner, Scores, Thresholds
+from pruners.model.masks import apply_masks, keep_highest, keep_n_of_m
+from pruners.model.shape import ViTShape, units_kept
+from pruners.model.vit import PrunableViT
 
 PATTERNS = {"none": (0, 0), "2:4": (2, 4), "4:8": (4, 8)}
 """Name of a pattern -> (weights that stay, of so many consecutive inputs)."""

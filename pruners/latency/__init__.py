@@ -1,0 +1,1 @@
+"""Time measured on a device, and the schedules that follow from it."""

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from pruners.shape import BlockShape, ViTShape
-from pruners.timing import seconds_in_turn
-from pruners.tokens import FrontReducer, Tokens
-from pruners.vit import PrunableViT
+from pruners.latency.timing import seconds_in_turn
+from pruners.model.shape import BlockShape, ViTShape
+from pruners.model.tokens import FrontReducer, Tokens
+from pruners.model.vit import PrunableViT
 
 
 @dataclass(frozen=True, kw_only=True)

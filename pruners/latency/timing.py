@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pruners.vit import PrunableViT
+from pruners.model.vit import PrunableViT
 
 Call = Callable[[], object]
 

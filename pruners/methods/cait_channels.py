@@ -32,16 +32,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruners.allocation import rank_globally
-from pruners.cost import cost_of
-from pruners.gates import SLOTS, Gate, Learner, LearningData, remove_gates
-from pruners.learned import Learned, LearnedPruner, model_tensors
-from pruners.pruner import Scores, Thresholds
-from pruners.shape import ViTShape
-from pruners.sites import kind_of
-from pruners.training import autocast_dtype, distillation, schedule_factor
-from pruners.unit_pruner import highest, slice_scores
-from pruners.vit import Block, PrunableViT
+from pruners.families.allocation import rank_globally
+from pruners.families.learned import Learned, LearnedPruner, model_tensors
+from pruners.families.pruner import Scores, Thresholds
+from pruners.families.unit import highest, slice_scores
+from pruners.model.cost import cost_of
+from pruners.model.gates import SLOTS, Gate, Learner, LearningData, remove_gates
+from pruners.model.shape import ViTShape
+from pruners.model.sites import kind_of
+from pruners.model.vit import Block, PrunableViT
+from pruners.training.fine_tune import autocast_dtype, distillation, schedule_factor
 
 GATED = {"qk_dim": "query", "v_dim": "mixed", "neuron": "neuron"}
 """Kind of unit -> the slot its channels pass. Scaling q or k is the same, so k needs no gate."""

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruners.allocation import out_of_reach
-from pruners.cost import cost_of
-from pruners.pruner import Scores, Thresholds
-from pruners.shape import ViTShape
-from pruners.token_pruner import TokenPruner, token_shares
-from pruners.tokens import FrontReducer, TokenReducer, Tokens
-from pruners.vit import PrunableViT
+from pruners.families.allocation import out_of_reach
+from pruners.families.pruner import Scores, Thresholds
+from pruners.families.token import TokenPruner, token_shares
+from pruners.model.cost import cost_of
+from pruners.model.shape import ViTShape
+from pruners.model.tokens import FrontReducer, TokenReducer, Tokens
+from pruners.model.vit import PrunableViT
 
 MERGES = ("linear", "mean", "weighted")
 

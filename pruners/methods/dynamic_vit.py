@@ -10,11 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from pruners.policy import draw_keeps
-from pruners.pruner import Thresholds
-from pruners.selector_pruner import SelectorPruner
-from pruners.shape import ViTShape
-from pruners.tokens import FrontReducer, TokenReducer, Tokens, split_by_score, take_tokens
+from pruners.families.pruner import Thresholds
+from pruners.families.selector import SelectorPruner
+from pruners.model.policy import draw_keeps
+from pruners.model.shape import ViTShape
+from pruners.model.tokens import FrontReducer, TokenReducer, Tokens, split_by_score, take_tokens
 
 POOL_EPS = 1e-6
 """Keeps the mean over the kept patches finite where none is kept."""
@@ -25,10 +25,10 @@ class DynamicViT(SelectorPruner):
     """Keeps the patches that a prediction module scores highest, image by image.
 
     Y. Rao et al. (2021), arXiv:2106.02034. The prediction module is section 3.2 (`Predictor`), the
-    training with masked attention section 3.3 (`pruners.policy.draw_keeps`,
-    `pruners.attention.softmax_with_policy`), losses and inference section 3.4
-    (`pruners.policy.PolicyLoss`; `Predictor.gather`). The paper's rate 0.7 at the blocks 3, 6 and
-    9 of 12 is a threshold of 0.3 at each of them. DeiT-B was trained with `ratio_weight` 5.
+    training with masked attention section 3.3 (`pruners.model.policy.draw_keeps`,
+    `pruners.model.attention.softmax_with_policy`), losses and inference section 3.4
+    (`pruners.model.policy.PolicyLoss`; `Predictor.gather`). The paper's rate 0.7 at the blocks 3,
+    6 and 9 of 12 is a threshold of 0.3 at each of them. DeiT-B was trained with `ratio_weight` 5.
 
     Departures:
         Modules start at the share that they are to keep; in the paper they start at one half, far

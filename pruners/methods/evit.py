@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from pruners.attention import Attended, attention_rows
-from pruners.pruner import Batches, Thresholds
-from pruners.shape import ViTShape
-from pruners.token_pruner import TokenPruner, remove_reducers, token_shares
-from pruners.tokens import (
+from pruners.families.pruner import Batches, Thresholds
+from pruners.families.token import TokenPruner, remove_reducers, token_shares
+from pruners.model.attention import Attended, attention_rows
+from pruners.model.shape import ViTShape
+from pruners.model.tokens import (
     MiddleReducer,
     TokenReducer,
     Tokens,
@@ -19,7 +19,7 @@ from pruners.tokens import (
     split_by_score,
     take_tokens,
 )
-from pruners.vit import PrunableViT
+from pruners.model.vit import PrunableViT
 
 
 @dataclass(frozen=True, kw_only=True)

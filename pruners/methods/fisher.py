@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pruners.diagonal import quadratic_saliency, sample_mean_squares
-from pruners.pruner import Batches, Scores
-from pruners.vit import PrunableViT
-from pruners.weight_pruner import WeightPruner
+from pruners.families.pruner import Batches, Scores
+from pruners.families.weight import WeightPruner
+from pruners.model.vit import PrunableViT
+from pruners.saliency.diagonal import quadratic_saliency, sample_mean_squares
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pruners.attention import Attention
-from pruners.pruner import Batches, Scores, load_method
-from pruners.unit_pruner import UnitPruner
-from pruners.vit import PrunableViT
-from pruners.weight_pruner import WeightPruner
+from pruners.families.pruner import Batches, Scores, load_method
+from pruners.families.unit import UnitPruner
+from pruners.families.weight import WeightPruner
+from pruners.model.attention import Attention
+from pruners.model.vit import PrunableViT
 
 
 @dataclass(frozen=True, kw_only=True)

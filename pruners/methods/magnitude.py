@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pruners.pruner import Batches, Scores
-from pruners.vit import PrunableViT
-from pruners.weight_pruner import WeightPruner
+from pruners.families.pruner import Batches, Scores
+from pruners.families.weight import WeightPruner
+from pruners.model.vit import PrunableViT
 
 
 @dataclass(frozen=True, kw_only=True)

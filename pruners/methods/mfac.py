@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pruners.curvature import NO_CURVATURE, Curvature, block_size, mend
-from pruners.fisher_pruner import FisherPruner
+from pruners.families.fisher import FisherPruner
+from pruners.saliency.curvature import NO_CURVATURE, Curvature, block_size, mend
 
 
 @dataclass(frozen=True, kw_only=True)

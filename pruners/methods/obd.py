@@ -7,10 +7,10 @@ from typing import Literal
 
 import torch
 
-from pruners.diagonal import hutchinson, quadratic_saliency, sample_mean_squares
-from pruners.pruner import Batches, Scores
-from pruners.vit import PrunableViT
-from pruners.weight_pruner import WeightPruner
+from pruners.families.pruner import Batches, Scores
+from pruners.families.weight import WeightPruner
+from pruners.model.vit import PrunableViT
+from pruners.saliency.diagonal import hutchinson, quadratic_saliency, sample_mean_squares
 
 
 @dataclass(frozen=True, kw_only=True)

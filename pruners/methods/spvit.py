@@ -15,26 +15,26 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from pruners.evaluation import evaluate
-from pruners.gates import LearningData
-from pruners.latency import LatencyTable, measure_latency
-from pruners.phases import Keeps, Rules, search_phases, shares_of
-from pruners.plan import Step
-from pruners.policy import draw_keeps
-from pruners.pruner import Thresholds
-from pruners.selector_pruner import SelectorPruner
-from pruners.shape import ViTShape
-from pruners.soft_tokens import (
+from pruners.families.pruner import Thresholds
+from pruners.families.selector import SelectorPruner
+from pruners.families.token import remove_reducers
+from pruners.latency.phases import Keeps, Rules, search_phases, shares_of
+from pruners.latency.table import LatencyTable, measure_latency
+from pruners.model.gates import LearningData
+from pruners.model.policy import draw_keeps
+from pruners.model.shape import ViTShape
+from pruners.model.soft_tokens import (
     HeadwiseClassifier,
     Scores,
     classifier_heads,
     log_odds,
     package,
 )
-from pruners.token_pruner import remove_reducers
-from pruners.tokens import FrontReducer, TokenReducer, Tokens, split_by_score, take_tokens
-from pruners.training import FineTuner, Recipe
-from pruners.vit import PrunableViT
+from pruners.model.tokens import FrontReducer, TokenReducer, Tokens, split_by_score, take_tokens
+from pruners.model.vit import PrunableViT
+from pruners.plan import Step
+from pruners.training.evaluation import evaluate
+from pruners.training.fine_tune import FineTuner, Recipe
 
 
 @dataclass(frozen=True, kw_only=True)

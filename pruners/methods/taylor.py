@@ -10,10 +10,10 @@ from itertools import islice
 
 import torch
 
-from pruners.gradients import batch_gradients
-from pruners.pruner import Batches, Scores
-from pruners.vit import PrunableViT
-from pruners.weight_pruner import WeightPruner
+from pruners.families.pruner import Batches, Scores
+from pruners.families.weight import WeightPruner
+from pruners.model.vit import PrunableViT
+from pruners.saliency.gradients import batch_gradients
 
 
 @dataclass(frozen=True, kw_only=True)

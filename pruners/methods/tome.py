@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pruners.allocation import out_of_reach, smallest
-from pruners.attention import Attended
-from pruners.cost import cost_of
-from pruners.pruner import Scores, Thresholds
-from pruners.shape import ViTShape
-from pruners.token_pruner import TokenPruner, token_shares
-from pruners.tokens import MiddleReducer, TokenReducer, Tokens, split_by_score, take_tokens
+from pruners.families.allocation import out_of_reach, smallest
+from pruners.families.pruner import Scores, Thresholds
+from pruners.families.token import TokenPruner, token_shares
+from pruners.model.attention import Attended
+from pruners.model.cost import cost_of
+from pruners.model.shape import ViTShape
+from pruners.model.tokens import MiddleReducer, TokenReducer, Tokens, split_by_score, take_tokens
 
 LEAST_NORM = 1e-12
 """Keeps a key of zeros finite when it is normalised."""

@@ -32,15 +32,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruners.cost import cost_of
-from pruners.gates import Learner, LearningData, add_gates, hard, remove_gates
-from pruners.learned import Learned, LearnedPruner, model_tensors
-from pruners.pruner import Scores
-from pruners.relaxed import CompressedBlock
-from pruners.shape import ViTShape
-from pruners.sites import block_site, ragged_site
-from pruners.training import autocast_dtype, distillation, schedule_factor
-from pruners.vit import PrunableViT
+from pruners.families.learned import Learned, LearnedPruner, model_tensors
+from pruners.families.pruner import Scores
+from pruners.model.cost import cost_of
+from pruners.model.gates import Learner, LearningData, add_gates, hard, remove_gates
+from pruners.model.relaxed import CompressedBlock
+from pruners.model.shape import ViTShape
+from pruners.model.sites import block_site, ragged_site
+from pruners.model.vit import PrunableViT
+from pruners.training.fine_tune import autocast_dtype, distillation, schedule_factor
 
 GUMBEL_TEMPERATURE = 0.5
 GATE_CLIP = 0.1

@@ -22,17 +22,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruners.allocation import out_of_reach, smallest
-from pruners.cost import cost_of
-from pruners.gates import Learner, LearningData, add_gates, fold_gates, remove_gates
-from pruners.learned import Learned, LearnedPruner, model_tensors
-from pruners.pruner import Scores, Thresholds
-from pruners.shape import ViTShape
-from pruners.sites import kind_of, ragged_site
-from pruners.token_pruner import put_reducers
-from pruners.tokens import KeepPatches
-from pruners.training import autocast_dtype
-from pruners.vit import PrunableViT
+from pruners.families.allocation import out_of_reach, smallest
+from pruners.families.learned import Learned, LearnedPruner, model_tensors
+from pruners.families.pruner import Scores, Thresholds
+from pruners.families.token import put_reducers
+from pruners.model.cost import cost_of
+from pruners.model.gates import Learner, LearningData, add_gates, fold_gates, remove_gates
+from pruners.model.shape import ViTShape
+from pruners.model.sites import kind_of, ragged_site
+from pruners.model.tokens import KeepPatches
+from pruners.model.vit import PrunableViT
+from pruners.training.fine_tune import autocast_dtype
 
 PATCH_START = 3.0
 """Where the masks of patches start; they act through tanh, and tanh 3 = 0.995."""

@@ -22,8 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruners.exits import Exit
-from pruners.gates import (
+from pruners.families.learned import Learned, LearnedPruner, model_tensors
+from pruners.families.pruner import Batches, Scores, Thresholds
+from pruners.model.exits import Exit
+from pruners.model.gates import (
     Learner,
     LearningData,
     add_gates,
@@ -31,13 +33,11 @@ from pruners.gates import (
     remaining_weights,
     remove_gates,
 )
-from pruners.learned import Learned, LearnedPruner, model_tensors
-from pruners.pruner import Batches, Scores, Thresholds
-from pruners.shape import ViTShape
-from pruners.sites import kind_of
-from pruners.tokens import Tokens
-from pruners.training import autocast_dtype, schedule_factor
-from pruners.vit import PrunableViT
+from pruners.model.shape import ViTShape
+from pruners.model.sites import kind_of
+from pruners.model.tokens import Tokens
+from pruners.model.vit import PrunableViT
+from pruners.training.fine_tune import autocast_dtype, schedule_factor
 
 GATES = {
     "head": ("query", "key", "mixed"),

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruners.cost import cost_of
-from pruners.gates import Learner, LearningData, add_gates, hard, linear_macs, remove_gates
-from pruners.learned import Learned, LearnedPruner, model_tensors, standardised
-from pruners.pruner import Scores
-from pruners.training import autocast_dtype, schedule_factor
-from pruners.vit import PrunableViT
+from pruners.families.learned import Learned, LearnedPruner, model_tensors, standardised
+from pruners.families.pruner import Scores
+from pruners.model.cost import cost_of
+from pruners.model.gates import Learner, LearningData, add_gates, hard, linear_macs, remove_gates
+from pruners.model.vit import PrunableViT
+from pruners.training.fine_tune import autocast_dtype, schedule_factor
 
 SLOPE = 10.0
 """Slope n of the tanh step between kept and cut (eq. 9)."""

@@ -18,12 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from pruners.architecture import MOST_PER_STORED, build, check_size
-from pruners.masks import nonzero_mask
-from pruners.pruner import ReducesTokens, load_method
-from pruners.shape import ViTShape
-from pruners.surgery import cut_to_shape
-from pruners.vit import PrunableViT
+from pruners.families.pruner import ReducesTokens, load_method
+from pruners.model.architecture import MOST_PER_STORED, build, check_size
+from pruners.model.masks import nonzero_mask
+from pruners.model.shape import ViTShape
+from pruners.model.surgery import cut_to_shape
+from pruners.model.vit import PrunableViT
 
 WEIGHTS, SHAPE = "model.safetensors", "shape.json"
 FORMAT = 2

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pruners.shape import ViTShape
+from pruners.model.shape import ViTShape
 
 
 @dataclass(frozen=True, kw_only=True)

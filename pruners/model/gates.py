@@ -16,12 +16,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from pruners.checkpoint import replace_file
-from pruners.pruner import Batches
-from pruners.sealed import load_sealed, save_sealed
-from pruners.shape import ViTShape
-from pruners.training import NonFiniteLossError
-from pruners.vit import PrunableViT
+from pruners.families.pruner import Batches
+from pruners.model.checkpoint import replace_file
+from pruners.model.shape import ViTShape
+from pruners.model.vit import PrunableViT
+from pruners.training.fine_tune import NonFiniteLossError
+from pruners.training.sealed import load_sealed, save_sealed
 
 SLOTS = {
     "tokens1": "norm1",  # [B, N, D], what attention sees

@@ -2,7 +2,7 @@
 
 Y. Rao et al. (2021), "DynamicViT", arXiv:2106.02034; Z. Kong et al. (2022), "SPViT",
 arXiv:2112.13890. In training nothing is removed: attention does not see what a policy drops
-(`pruners.attention.softmax_with_policy`).
+(`pruners.model.attention.softmax_with_policy`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pruners.tokens import Tokens
+from pruners.model.tokens import Tokens
 
 
 def draw_keeps(log_probabilities: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pruners.gates import hard, linear_macs
-from pruners.shape import ViTShape
-from pruners.tokens import Tokens
-from pruners.vit import Block
+from pruners.model.gates import hard, linear_macs
+from pruners.model.shape import ViTShape
+from pruners.model.tokens import Tokens
+from pruners.model.vit import Block
 
 
 class Groups(nn.Module):

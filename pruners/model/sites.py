@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pruners.shape import BlockShape, ViTShape
+from pruners.model.shape import BlockShape, ViTShape
 
 KINDS = {
     "head": "attn",

@@ -10,9 +10,9 @@ import torch
 from timm.layers import LayerScale, Mlp
 from torch import Tensor, nn
 
-from pruners.attention import Attention
-from pruners.shape import BlockShape, ViTShape
-from pruners.vit import Block, PrunableViT
+from pruners.model.attention import Attention
+from pruners.model.shape import BlockShape, ViTShape
+from pruners.model.vit import Block, PrunableViT
 
 
 def keep_heads(attn: Attention, heads: Tensor) -> None:

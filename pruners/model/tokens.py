@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pruners.attention import Attended
+from pruners.model.attention import Attended
 
 
 class Tokens(NamedTuple):

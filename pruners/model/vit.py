@@ -13,9 +13,9 @@ from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from pruners.attention import Attention
-from pruners.shape import BlockShape, ViTShape
-from pruners.tokens import FrontReducer, MiddleReducer, TokenLoss, Tokens, weighted_pool
+from pruners.model.attention import Attention
+from pruners.model.shape import BlockShape, ViTShape
+from pruners.model.tokens import FrontReducer, MiddleReducer, TokenLoss, Tokens, weighted_pool
 
 
 class Block(nn.Module):
@@ -112,7 +112,7 @@ class PrunableViT(nn.Module):
     @classmethod
     def from_timm(cls, name: str, *, pretrained: bool = True, **args: Any) -> Self:
         """Build a timm model by name, with timm's own weights unless `pretrained` is false."""
-        from pruners.architecture import build
+        from pruners.model.architecture import build
 
         return cls(**build(name, args, pretrained=pretrained))
 
@@ -121,8 +121,8 @@ class PrunableViT(nn.Module):
         cls, state: Mapping[str, Tensor], name: str | None = None, **args: Any
     ) -> Self:
         """Build timm's `name`, or a plain `VisionTransformer(**args)`, with the given weights."""
-        from pruners.architecture import build
-        from pruners.checkpoint import load_weights
+        from pruners.model.architecture import build
+        from pruners.model.checkpoint import load_weights
 
         parts = build(name, args)
         load_weights(parts["vit"], state, source="the state dict")
@@ -135,8 +135,8 @@ class PrunableViT(nn.Module):
         Without `name` and `args` the file's metadata must hold `arch`: the arguments of
         `VisionTransformer` as JSON.
         """
-        from pruners.architecture import build, check_size
-        from pruners.checkpoint import load_weights, read_safetensors
+        from pruners.model.architecture import build, check_size
+        from pruners.model.checkpoint import load_weights, read_safetensors
 
         state, file_args = read_safetensors(Path(path))
         if name is None and not args and file_args is None:
@@ -155,7 +155,7 @@ class PrunableViT(nn.Module):
     @classmethod
     def load(cls, path: str | Path) -> PrunableViT:
         """Open a directory written by `save`."""
-        from pruners.checkpoint import load
+        from pruners.model.checkpoint import load
 
         return load(Path(path))
 
@@ -167,7 +167,7 @@ class PrunableViT(nn.Module):
             measured: What was measured on this model (accuracy, speed), kept in `shape.json` for
                 its users.
         """
-        from pruners.checkpoint import save
+        from pruners.model.checkpoint import save
 
         save(self, Path(path), measured or {})
 

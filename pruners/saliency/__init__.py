@@ -1,0 +1,1 @@
+"""Gradients and curvature of the loss, which scores are made of."""

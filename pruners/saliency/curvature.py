@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from pruners.gradients import check_layers, evaluating, sample_gradients
-from pruners.pruner import Batches
-from pruners.vit import PrunableViT
+from pruners.families.pruner import Batches
+from pruners.model.vit import PrunableViT
+from pruners.saliency.gradients import check_layers, evaluating, sample_gradients
 
 NO_CURVATURE = 1e-12
 """Damping of a layer whose gradients are all zero: its weights cost next to nothing."""

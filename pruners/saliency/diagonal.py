@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pruners.gradients import check_layers, evaluating, sample_gradients
-from pruners.pruner import Batches, Scores
-from pruners.vit import PrunableViT
+from pruners.families.pruner import Batches, Scores
+from pruners.model.vit import PrunableViT
+from pruners.saliency.gradients import check_layers, evaluating, sample_gradients
 
 _MOST_BYTES = 256e6  # of per-image gradients that are held at a time
 

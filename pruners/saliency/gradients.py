@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruners.pruner import Batches
-from pruners.vit import PrunableViT
+from pruners.families.pruner import Batches
+from pruners.model.vit import PrunableViT
 
 
 def batch_gradients(vit: PrunableViT, batches: Batches) -> Iterator[dict[str, Tensor]]:

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pruners.pruner import Batches
-from pruners.vit import PrunableViT
+from pruners.families.pruner import Batches
+from pruners.model.vit import PrunableViT
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pruners.masks import apply_masks
-from pruners.peers import PeerOutOfMemoryError, Peers
-from pruners.pruner import Batches
-from pruners.tokens import TokenReducer, Tokens
-from pruners.vit import PrunableViT
+from pruners.families.pruner import Batches
+from pruners.model.masks import apply_masks
+from pruners.model.tokens import TokenReducer, Tokens
+from pruners.model.vit import PrunableViT
+from pruners.training.peers import PeerOutOfMemoryError, Peers
 
 Precision = Literal["auto", "float32", "bfloat16"]
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from pruners import PrunableViT
-from search.digests import json_digest, tensors_digest
-from search.model import image_spec
-from search.parquet import data_digest
-from search.sweep import Sweep, SweepError
+from search.data.images import data_digest
+from search.data.model import image_spec
+from search.records.digests import json_digest, tensors_digest
+from search.sweep.spec import Sweep
 
 SPLITS = ("train", "val", "test")
 
@@ -28,17 +26,3 @@ def identity(sweep: Sweep, dense: PrunableViT) -> dict[str, str]:
         for split in SPLITS
     }
     return {"model": json_digest(model), **splits}
-
-
-def refuse_another(began: Mapping[str, str], now: Mapping[str, str], name: str) -> None:
-    """Refuse to go on with another model or other images than a sweep began with.
-
-    Raises:
-        SweepError: For the first that has changed.
-    """
-    for key, digest in began.items():
-        if now.get(key) != digest:
-            raise SweepError(
-                f"{key} has changed since sweep {name} began (SHA-256 {digest[:12]} then, "
-                f"{str(now.get(key))[:12]} now); put it back, or give the sweep another name"
-            )

@@ -24,9 +24,9 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from torch import Tensor
 
-from search.augment import Epoch, crop_and_flip, draw_views
-from search.decode import Corrupt, ImageSpec, Pixels, decode_all
-from search.shards import Shards, find_shards
+from search.data.augment import Epoch, crop_and_flip, draw_views
+from search.data.decode import Corrupt, ImageSpec, Pixels, decode_all
+from search.data.shards import Shards, find_shards
 
 Numbers = NDArray[np.int64]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pruners import PrunableViT
-from search.decode import ImageSpec
-from search.sweep import ModelSpec, SweepError
+from search.data.decode import ImageSpec
+from search.sweep.spec import ModelSpec, SweepError
 
 
 def load_model(spec: ModelSpec) -> PrunableViT:

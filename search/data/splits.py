@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from pruners import PrunableViT
-from pruners.evaluation import evaluate
-from pruners.training import autocast_dtype
-from search.model import image_spec
-from search.parquet import Images, default_cache, open_images
-from search.sweep import Sweep
-from search.teacher import Teacher
-from search.trial_files import check_model
+from pruners.training.fine_tune import autocast_dtype
+from search.data.images import Images, default_cache, open_images
+from search.data.model import image_spec
+from search.data.teacher import Teacher
+from search.sweep.spec import Sweep
 
 
 class Calibration:
@@ -97,20 +95,3 @@ def calibration_batches(
     batch = min(sweep.data.batch_size, sweep.data.calibration)
     batches = images.batches(batch, seed=sweep.seed, augment=False, device=device)
     return islice(batches, max(1, sweep.data.calibration // batch))
-
-
-def measure_on_test(directory: Path, sweep: Sweep, dense: PrunableViT) -> float:
-    """Measure a trial's model on the test split, in percent.
-
-    Raises:
-        ValueError: If it is not what the trial left.
-    """
-    check_model(directory)
-    torch.set_num_threads(max(1, int(sweep.resources.cpu)))
-    device = trial_device(sweep)
-    vit = PrunableViT.load(directory).to(device)
-    vit.use_fused_attention(device.type == "cuda")
-    images = open_split(sweep, dense, "test")
-    return evaluate(
-        vit, images.batches(sweep.data.eval_batch_size, seed=None, augment=False, device=device)
-    ).top1

@@ -1,9 +1,9 @@
 """What the dense model says of the training images, computed once per node and epoch.
 
-All trials of a sweep see the same images in the same epoch (`search.augment`), so the dense model's
-logits are the same for all of them. The first process of a node that needs an epoch's writes them
-to a file, which all processes of the node map into memory; the files of several sweeps share a
-folder and a limit.
+All trials of a sweep see the same images in the same epoch (`search.data.augment`), so the dense
+model's logits are the same for all of them. The first process of a node that needs an epoch's
+writes them to a file, which all processes of the node map into memory; the files of several sweeps
+share a folder and a limit.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pruners import PrunableViT
-from pruners.checkpoint import replace_file
-from search.augment import Epoch
-from search.digests import file_digest, json_digest
-from search.parquet import Images
+from pruners.model.checkpoint import replace_file
+from search.data.augment import Epoch
+from search.data.images import Images
+from search.records.digests import file_digest, json_digest
 
 Answers = NDArray[np.float16]
 """Logits [rows, classes] of all rows of a source; NaN for images that cannot be read."""

@@ -1,0 +1,1 @@
+"""What is learned once per sweep, before the trials."""

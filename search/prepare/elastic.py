@@ -21,19 +21,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pruners import Plan, PrunableViT, Pruner
-from pruners.checkpoint import SHAPE, read_description
-from pruners.evaluation import evaluate
-from pruners.gates import Learner, LearningData, run
-from pruners.learned import Learned
-from pruners.pruner import Scores
-from pruners.shared_weights import Subnet, shared_scores
-from pruners.training import Recipe, autocast_dtype, distillation, schedule_factor
-from search.digests import json_digest, tensors_digest
-from search.learning import learning_data
-from search.parquet import Images
-from search.progress import HEARTBEAT_S
-from search.sweep import Sweep, SweepFailedError
-from search.trial_data import calibration_batches, open_split, trial_device
+from pruners.families.learned import Learned
+from pruners.families.pruner import Scores
+from pruners.model.checkpoint import SHAPE, read_description
+from pruners.model.gates import Learner, LearningData, run
+from pruners.subnet import Subnet, shared_scores
+from pruners.training.evaluation import evaluate
+from pruners.training.fine_tune import Recipe, autocast_dtype, distillation, schedule_factor
+from search.data.images import Images
+from search.data.splits import calibration_batches, open_split, trial_device
+from search.prepare.learning import learning_data
+from search.records.digests import json_digest, tensors_digest
+from search.report.progress import HEARTBEAT_S
+from search.sweep.spec import Sweep, SweepFailedError
 
 FOLDER = "elastic"
 """Folder of a sweep's storage that holds tuned dense models; all sweeps there share it."""

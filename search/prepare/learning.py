@@ -14,15 +14,15 @@ import ray
 import torch
 
 from pruners import PrunableViT, Pruner
-from pruners.gates import LearningData
-from pruners.learned import Learned, LearnedPruner
-from search.digests import json_digest, tensors_digest
-from search.own import OwnShares, own_shares
-from search.parquet import Images
-from search.progress import HEARTBEAT_S
-from search.space_step import Rung, SpaceStep
-from search.sweep import Sweep, SweepFailedError
-from search.trial_data import calibration_batches, open_split, trial_device
+from pruners.families.learned import Learned, LearnedPruner
+from pruners.model.gates import LearningData
+from search.data.images import Images
+from search.data.splits import calibration_batches, open_split, trial_device
+from search.records.digests import json_digest, tensors_digest
+from search.report.progress import HEARTBEAT_S
+from search.space.allocation import OwnShares, own_shares
+from search.space.step import Rung, SpaceStep
+from search.sweep.spec import Sweep, SweepFailedError
 
 FOLDER = "learned"
 """Folder of a sweep's storage that holds what methods know; all sweeps there share it."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from search.sweep import SweepFailedError
+from search.sweep.spec import SweepFailedError
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from search.sweep import Constraints
+from search.sweep.spec import Constraints
 
 
 def violations(

@@ -1,4 +1,7 @@
-"""SHA-256 of files, tensors and settings: what says whether something is what it was."""
+"""SHA-256 of files, tensors and settings, and JSON files that hold their own.
+
+A torn or changed file is never taken for whole.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,17 @@ from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
+
+DAMAGE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
+"""What reading such a file and taking it apart raises where it is not what was written."""
 
 
 def file_digest(path: Path) -> str:
@@ -33,3 +47,20 @@ def directory_digest(path: Path) -> str:
     """Return the digest of all files below a directory, names included."""
     files = (file for file in path.rglob("*") if file.is_file())
     return json_digest({file.relative_to(path).as_posix(): file_digest(file) for file in files})
+
+
+def sealed(values: Mapping[str, Any]) -> str:
+    """Return the text of such a file."""
+    return json.dumps({**values, "digest": json_digest(values)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Return what such a file holds, without the digest.
+
+    Raises:
+        DAMAGE: Any of these, if the file is absent or not what was written.
+    """
+    values: dict[str, Any] = json.loads(path.read_text())
+    if values.pop("digest") != json_digest(values):
+        raise ValueError(f"{path} is not what was written: its digest is another one")
+    return values

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from search import pareto
-from search.progress import cost_ratio
-from search.results import REFERENCE, Front, TrialRecord
+from search.records import pareto
+from search.records.front import REFERENCE, Front, cost_ratio
+from search.records.trial_record import TrialRecord
 
 Point = tuple[float, float]
 """Cost as a share of the dense model's, and top-1 in percent."""

@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from search.sweep import SweepError, SweepFailedError
-from search.writing import writing_to
+from search.records.atomic import writing_to
+from search.sweep.spec import SweepError, SweepFailedError
 
 LEASE = "lease"
 """Folder of a sweep's directory that holds the attempts."""

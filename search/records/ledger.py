@@ -13,18 +13,16 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pruners import Plan
-from search.constraints import violated
-from search.growing_front import GrowingFront
-from search.identity import refuse_another
-from search.journal import Journal
-from search.results import TrialRecord
-from search.sweep import Sweep
-from search.trial_files import model_path
-from search.writing import writing_to
+from search.records.atomic import writing_to
+from search.records.constraints import violated
+from search.records.growing_front import GrowingFront
+from search.records.journal import Journal
+from search.records.trial_record import TrialRecord, model_path
+from search.sweep.spec import Sweep, SweepError
 
 LEDGER = "ledger.jsonl"
 """File of a sweep's directory that holds its events.
@@ -271,3 +269,17 @@ def _active_ms(events: list[Event]) -> int:
             total, start = total + last - start, event["time"]
         last = event["time"]
     return total + last - start
+
+
+def refuse_another(began: Mapping[str, str], now: Mapping[str, str], name: str) -> None:
+    """Refuse to go on with another model or other images than a sweep began with.
+
+    Raises:
+        SweepError: For the first that has changed.
+    """
+    for key, digest in began.items():
+        if now.get(key) != digest:
+            raise SweepError(
+                f"{key} has changed since sweep {name} began (SHA-256 {digest[:12]} then, "
+                f"{str(now.get(key))[:12]} now); put it back, or give the sweep another name"
+            )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from search.results import TrialRecord
+from search.records.trial_record import TrialRecord
 
 ENDS = {"stopped": "stopped early", "failed": "failed"}
 """Statuses of trials that did not come to their end, in words."""

@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from search.drawing import INK, blank, cell_text, plain, spread
-from search.progress import cost_ratio
-from search.results import Front, TrialRecord
+from search.records.front import Front, cost_ratio
+from search.records.trial_record import TrialRecord
+from search.report.drawing import INK, blank, cell_text, plain, spread
 
 MOST_CLASSES, MOST_MEMBERS = 30, 15
 """Classes and members that a picture shows."""

@@ -14,13 +14,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pruners.checkpoint import replace_file
-from search.change import change
-from search.drawing import REST, SERIES
-from search.front_plot import lay_out, trace
-from search.page import interactive, page, still
-from search.pictures import SHARE, draw_fronts
-from search.results import Front, cost_of_record, read_front
+from pruners.model.checkpoint import replace_file
+from search.records.files import read_front
+from search.records.front import Front, cost_of_record
+from search.records.front_diff import change
+from search.report.drawing import REST, SERIES
+from search.report.front_plot import lay_out, trace
+from search.report.page import interactive, page, still
+from search.report.pictures import SHARE, draw_fronts
 
 COLUMNS = ("sweep", "hypervolume", "change", "members", "points won", "points lost")
 """Of the table; what is won and lost is against the first sweep."""

@@ -14,8 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.spines import Spine
 
-from pruners.checkpoint import replace_file
-from search.results import TrialRecord
+from pruners.model.checkpoint import replace_file
+from search.records.trial_record import TrialRecord
 
 FRONT, REST, DENSE = "#d1495b", "#9aa5b1", "#2f80c3"
 """Colours of the front, of what it dominates and of the dense model, on light and on dark paper."""

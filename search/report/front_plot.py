@@ -8,12 +8,13 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from search.drawing import DENSE, FRONT, INK, REST
-from search.page import interactive, page
-from search.pictures import AXIS, dominated, points
-from search.progress import cost_ratio, top1_text
-from search.results import Front, TrialRecord, cost_of_record
-from search.sweep import alias_of
+from search.records.front import Front, cost_of_record, cost_ratio
+from search.records.trial_record import TrialRecord
+from search.report.drawing import DENSE, FRONT, INK, REST
+from search.report.page import interactive, page
+from search.report.pictures import AXIS, dominated, points
+from search.report.progress import top1_text
+from search.sweep.spec import alias_of
 
 GREY = "rgba(128, 136, 146, {})"
 """Lines and areas behind the points, on dark and on light paper."""

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
-from search.class_changes import class_changes, draw_classes
-from search.kept import draw_kept
-from search.pictures import draw_front, draw_growth, draw_methods
-from search.results import Front, TrialRecord
+from search.records.front import Front
+from search.records.trial_record import TrialRecord
+from search.report.class_changes import class_changes, draw_classes
+from search.report.kept import draw_kept
+from search.report.pictures import draw_front, draw_growth, draw_methods
 
 
 def gallery(front: Front, records: Sequence[TrialRecord]) -> dict[str, Figure]:

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from numpy.typing import NDArray
 
-from search.drawing import INK, blank, cell_text, plain, spread
-from search.progress import cost_ratio, top1_text
-from search.results import Front
+from search.records.front import Front, cost_ratio
+from search.report.drawing import INK, blank, cell_text, plain, spread
+from search.report.progress import top1_text
 
 PANELS = {
     "heads": "units: heads",

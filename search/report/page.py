@@ -12,7 +12,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from search.drawing import svg
+from search.report.drawing import svg
 
 FRAME = """<!doctype html>
 <html lang="en">

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from search.drawing import DENSE, FRONT, INK, PALE, REST, SERIES, blank, plain
-from search.growth import growth
-from search.progress import cost_ratio
-from search.results import Front, TrialRecord, build_front, cost_of_record
+from search.records.front import Front, build_front, cost_of_record, cost_ratio
+from search.records.growing_front import growth
+from search.records.trial_record import TrialRecord
+from search.report.drawing import DENSE, FRONT, INK, PALE, REST, SERIES, blank, plain
 
 AXIS = {
     "effective_gmacs": "effective GMACs (MACs on weights that are not zero)",

@@ -10,8 +10,9 @@ from typing import TextIO
 from rich.console import Console
 from rich.table import Table
 
-from search.results import Front, TrialRecord, cost_of_record
-from search.sweep import Sweep
+from search.records.front import Front, cost_ratio
+from search.records.trial_record import TrialRecord
+from search.sweep.spec import Sweep
 
 UNIT = {"effective_gmacs": "effective MACs", "gmacs": "MACs", "latency": "time per image"}
 
@@ -208,11 +209,6 @@ def front_table(front: Front, stream: TextIO) -> None:
             ),
             file=stream,
         )
-
-
-def cost_ratio(front: Front, record: TrialRecord) -> float:
-    """Cost of a trial as a share of the dense model's."""
-    return cost_of_record(record, front.cost) / cost_of_record(front.dense, front.cost)
 
 
 def top1_text(record: TrialRecord) -> str:

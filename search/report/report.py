@@ -8,19 +8,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pruners.checkpoint import replace_file
-from pruners.learned import Learned
-from search.drawing import write_png
-from search.ends import counts, reasons
-from search.front_plot import front_figure
-from search.gallery import gallery
-from search.journal import Journal
-from search.ledger import LEDGER
-from search.page import interactive, page, still
-from search.progress import COLUMNS, UNIT, cells
-from search.results import DONE, read_front, read_trials
-from search.sweep_file import load_sweep
-from search.units_by_class import draw_units
+from pruners.families.learned import Learned
+from pruners.model.checkpoint import replace_file
+from search.records.files import DONE, read_front, read_trials
+from search.records.journal import Journal
+from search.records.ledger import LEDGER
+from search.records.outcomes import counts, reasons
+from search.report.drawing import write_png
+from search.report.front_plot import front_figure
+from search.report.gallery import gallery
+from search.report.page import interactive, page, still
+from search.report.progress import COLUMNS, UNIT, cells
+from search.report.units_by_class import draw_units
+from search.sweep.toml import load_sweep
 
 _PAGE = """{% extends "frame" %}
 {% block body %}

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from numpy.typing import NDArray
 
-from search.class_changes import class_names, label
-from search.drawing import INK, blank, plain
+from search.report.class_changes import class_names, label
+from search.report.drawing import INK, blank, plain
 
 ROWS, COLUMNS = 60, 900
 """Most cells of a panel; larger masks are averaged."""

@@ -1,0 +1,1 @@
+"""Parameters to plans that meet their budget."""

@@ -21,12 +21,12 @@ import optuna
 from optuna.samplers import RandomSampler
 
 from pruners import Plan, Step, ViTShape, cost_of
-from pruners.learned import LearnedPruner
-from pruners.sites import RAGGED
-from search.farthest import farthest_first
-from search.meet import Group, meet
-from search.space_step import Parameters, Rung, SpaceStep, refined, space_step
-from search.sweep import Sweep, SweepError
+from pruners.families.learned import LearnedPruner
+from pruners.model.sites import RAGGED
+from search.space.budget import Group, meet
+from search.space.farthest import farthest_first
+from search.space.step import Parameters, Rung, SpaceStep, refined, space_step
+from search.sweep.spec import Sweep, SweepError
 
 NO_LEARNER = "none"
 """Value of the parameter `learner` in a trial without a step that learns."""

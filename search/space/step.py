@@ -11,10 +11,10 @@ from typing import Literal
 import numpy as np
 
 from pruners import Pruner, ViTShape, load_method
-from pruners.learned import LearnedPruner
-from pruners.sites import KINDS, kind_of
-from search.own import OwnShares, everything
-from search.sweep import StepSpec, SweepError
+from pruners.families.learned import LearnedPruner
+from pruners.model.sites import KINDS, kind_of
+from search.space.allocation import OwnShares, everything
+from search.sweep.spec import StepSpec, SweepError
 
 Parameters = dict[str, float | bool | str]
 """What an Optuna trial samples, by name."""

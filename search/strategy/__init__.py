@@ -1,0 +1,1 @@
+"""Which plan is tried next, and which trials are stopped early."""

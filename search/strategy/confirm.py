@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from search import pareto
-from search.proposer import Told
+from search.records import pareto
+from search.strategy.proposer import Told
 
 
 def to_confirm(told: Sequence[Told], margin: float) -> list[Told]:

@@ -2,7 +2,7 @@
 
 Asynchronous successive halving (Li et al., 2020, arXiv:1810.05934) in its stopping variant, for two
 objectives (Schmucker et al., 2021, arXiv:2106.12639). Who is among the best is decided in
-`search.rungs`; here is what Ray calls.
+`search.strategy.rungs`; here is what Ray calls.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from ray.tune.experiment import Trial
 
-from search.in_order import InOrder
-from search.ledger import Event
-from search.milestones import milestones
-from search.rungs import Floats, bracket_of, bracket_weights, within_band
+from search.records.ledger import Event
+from search.strategy.fifo import InOrder
+from search.strategy.rungs import Floats, bracket_of, bracket_weights, within_band
+from search.sweep.milestones import milestones
 
 NEVER_STOPPED = ("dense", "ladder", "confirm", "final")
 """Origins of trials that run to their end; they are not compared with any other either.

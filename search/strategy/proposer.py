@@ -17,11 +17,11 @@ import optuna
 from optuna.trial import TrialState
 
 from pruners import ViTShape
-from search import pareto
-from search.samplers import make_sampler
-from search.space import OutOfReachError, Proposal, Space
-from search.space_step import Parameters
-from search.sweep import Sweep, SweepFailedError
+from search.records import pareto
+from search.space.space import OutOfReachError, Proposal, Space
+from search.space.step import Parameters
+from search.strategy.samplers import make_sampler
+from search.sweep.spec import Sweep, SweepFailedError
 
 OBJECTIVES = ["val_top1", "cost_ratio"]
 """What a trial is told by: the first is maximised, the second minimised."""

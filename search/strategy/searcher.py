@@ -19,14 +19,14 @@ from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from pruners import Plan
-from search.again import standard_error, to_confirm, to_train_long
-from search.constraints import violations
-from search.ledger import Event, Ledger
-from search.proposer import OBJECTIVES, Proposer, Told
-from search.space import Space
-from search.space_step import Parameters
-from search.stopping import why_stop
-from search.sweep import Sweep, SweepError, SweepFailedError
+from search.records.constraints import violations
+from search.records.ledger import Event, Ledger
+from search.space.space import Space
+from search.space.step import Parameters
+from search.strategy.confirm import standard_error, to_confirm, to_train_long
+from search.strategy.proposer import OBJECTIVES, Proposer, Told
+from search.strategy.stopping import why_stop
+from search.sweep.spec import Sweep, SweepError, SweepFailedError
 
 Config = dict[str, Any]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from search import pareto
-from search.proposer import Told
-from search.sweep import Sweep
+from search.records import pareto
+from search.strategy.proposer import Told
+from search.sweep.spec import Sweep
 
 REFERENCE_COST = 1.0
 REFERENCE_TOP1 = 0.0

@@ -1,0 +1,1 @@
+"""What a sweep is: its file, checked. Imports neither torch nor Ray."""

@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from search.milestones import milestones
+from search.sweep.milestones import milestones
 
-METHODS = Path(__file__).resolve().parent.parent / "pruners" / "methods"
+METHODS = Path(__file__).resolve().parents[2] / "pruners" / "methods"
 """Folder whose files are the pruning methods; read without importing them."""
 
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]

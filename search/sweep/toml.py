@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 from pydantic import ValidationError
 
-from search.sweep import (
+from search.sweep.spec import (
     Budget,
     Constraints,
     DataSpec,
@@ -48,6 +49,15 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         return Sweep.model_validate(values)
     except ValidationError as error:
         raise SweepError(f"{path}: {_one_line(error)}") from error
+
+
+def sweep_toml(sweep: Sweep) -> str:
+    """Return a sweep as TOML that `load_sweep` reads as an equal sweep."""
+    values = sweep.model_dump(exclude_none=True, mode="json")
+    values["budget"] = [sweep.budget.low, sweep.budget.high]
+    for step in values["steps"]:
+        step |= step.pop("options")
+    return tomli_w.dumps(values)
 
 
 def check_files(sweep: Sweep) -> None:

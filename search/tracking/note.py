@@ -5,11 +5,12 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from search.ends import counts, reasons
-from search.mlflow_views import FRONT, TRIALS
-from search.progress import UNIT, cost_ratio, front_line, headline, top1_text
-from search.results import Front, TrialRecord
-from search.sweep import Sweep
+from search.records.front import Front, cost_ratio
+from search.records.outcomes import counts, reasons
+from search.records.trial_record import TrialRecord
+from search.report.progress import UNIT, front_line, headline, top1_text
+from search.sweep.spec import Sweep
+from search.tracking.views import FRONT, TRIALS
 
 LONGEST = 8000
 """Characters that MLflow keeps of a note; it cuts off the rest."""

@@ -9,15 +9,17 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 from mlflow.tracking import MlflowClient
 
-from search.change import change
-from search.drawing import write_png
-from search.front_plot import front_html
-from search.gallery import gallery
-from search.note import note
-from search.report import masks_by_class
-from search.results import Front, TrialRecord, front_json
-from search.sweep import Sweep
-from search.units_by_class import draw_units
+from search.records.files import front_json
+from search.records.front import Front
+from search.records.front_diff import change
+from search.records.trial_record import TrialRecord
+from search.report.drawing import write_png
+from search.report.front_plot import front_html
+from search.report.gallery import gallery
+from search.report.report import masks_by_class
+from search.report.units_by_class import draw_units
+from search.sweep.spec import Sweep
+from search.tracking.note import note
 
 REDRAW_S, REST = 60.0, 19.0
 """Seconds for which the pictures stay as they are, and multiples of the time that drawing them

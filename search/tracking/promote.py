@@ -11,11 +11,11 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from search.digests import directory_digest
-from search.mlflow_client import mlflow_client
-from search.mlflow_runs import first_line, local_uri
-from search.registry import DIGEST, REASON, VERIFIED
-from search.sweep import PASSWORD
+from search.records.digests import directory_digest
+from search.sweep.spec import PASSWORD
+from search.tracking.client import mlflow_client
+from search.tracking.registry import DIGEST, REASON, VERIFIED
+from search.tracking.runs import first_line, local_uri
 
 APPROVED = "approved"
 """Alias of the version that a person has approved; no sweep touches it."""

@@ -18,11 +18,11 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from search.mlflow_runs import SweepRuns
-from search.progress import cost_ratio
-from search.results import Front, TrialRecord, cost_of_record
-from search.served import Served
-from search.sweep import alias_of
+from search.records.front import Front, cost_of_record, cost_ratio
+from search.records.trial_record import TrialRecord
+from search.sweep.spec import alias_of
+from search.tracking.runs import SweepRuns
+from search.tracking.served import Served
 
 VERIFIED, REASON, DIFFERENCE = "verified", "reason", "difference"
 """Tags of a version: whether it computes what PyTorch does, why not, how far it is from that."""

@@ -17,19 +17,20 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from pruners import ViTShape, cost_of
-from search.change import Change, change
-from search.drawing import write_png
-from search.journal import Journal
-from search.kept import draw_plan
-from search.ledger import METRICS, Event, new_record
-from search.mlflow_client import mlflow_client
-from search.mlflow_views import FRONT, TRIALS, view_address, view_tags
-from search.note import about_sweep
-from search.parent_page import ParentPage
-from search.results import Front, TrialRecord
-from search.sweep import Sweep, SweepError
-from search.sweep_toml import sweep_toml
-from search.tracking_uri import SQLITE, artifacts_beside
+from search.records.front import Front
+from search.records.front_diff import Change, change
+from search.records.journal import Journal
+from search.records.ledger import METRICS, Event, new_record
+from search.records.trial_record import TrialRecord
+from search.report.drawing import write_png
+from search.report.kept import draw_plan
+from search.sweep.spec import Sweep, SweepError
+from search.sweep.toml import sweep_toml
+from search.sweep.tracking_uri import SQLITE, artifacts_beside
+from search.tracking.client import mlflow_client
+from search.tracking.note import about_sweep
+from search.tracking.parent_page import ParentPage
+from search.tracking.views import FRONT, TRIALS, view_address, view_tags
 
 RUNS = "mlflow.jsonl"
 """File of a sweep's directory that says which MLflow runs are its own, first the sweep's, and how

@@ -24,15 +24,14 @@ from mlflow.types import Schema, TensorSpec
 from torch import Tensor
 
 from pruners import PrunableViT
-from pruners.checkpoint import SHAPE, WEIGHTS, replace_file
-from pruners.export import OUTPUT, agreement, write_onnx
-from search.digests import directory_digest, file_digest
-from search.results import TrialRecord
-from search.sealed import DAMAGE, read_sealed, sealed
-from search.sweep import Sweep
-from search.trial_data import open_split
-from search.trial_files import check_model
-from search.writing import writing_to
+from pruners.export.onnx import OUTPUT, agreement, write_onnx
+from pruners.model.checkpoint import SHAPE, WEIGHTS, replace_file
+from search.data.splits import open_split
+from search.records.atomic import writing_to
+from search.records.digests import DAMAGE, directory_digest, file_digest, read_sealed, sealed
+from search.records.trial_record import TrialRecord
+from search.sweep.spec import Sweep
+from search.trial.trial_files import check_model
 
 SERVED = "served"
 """Folder of a sweep's directory that holds a folder and a note for each member."""

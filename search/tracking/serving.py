@@ -7,10 +7,9 @@ from typing import Any
 
 import ray
 
-from search.progress import cost_ratio
-from search.results import Front
-from search.served import Served, make_served
-from search.sweep import Sweep, SweepFailedError
+from search.records.front import Front, cost_ratio
+from search.sweep.spec import Sweep, SweepFailedError
+from search.tracking.served import Served, make_served
 
 
 def start_serving(

@@ -9,10 +9,11 @@ from functools import partial
 
 from mlflow.exceptions import MlflowException
 
-from search.journal import Journal
-from search.mlflow_runs import SweepRuns, first_line
-from search.results import Front, TrialRecord
-from search.sweep import SweepFailedError
+from search.records.front import Front
+from search.records.journal import Journal
+from search.records.trial_record import TrialRecord
+from search.sweep.spec import SweepFailedError
+from search.tracking.runs import SweepRuns, first_line
 
 POLL_S, WAIT_S = 0.2, 0.02
 """How often the thread looks whether anything has happened, and whoever waits for it, whether all

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from search.notice import ToldToEndError
+from search.trial.preemption import ToldToEndError
 
 NODE_MEMORY = "RAY_memory_usage_threshold"
 """What Ray says when it ended a process because its node's memory was full."""

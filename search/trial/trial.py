@@ -16,18 +16,18 @@ from ray import tune
 from torch import Tensor
 
 from pruners import Plan, PrunableViT, cost_of
-from pruners.evaluation import Evaluation, evaluate, measured_rate
-from pruners.learned import Learned
-from pruners.training import FineTuner, NonFiniteLossError, Recipe, TrainingLeftError
-from search.augment import Epoch
-from search.hang import ends_if_hung
-from search.lease import check_attempt
-from search.memory import is_out_of_memory
-from search.notice import Notice, ToldToEndError
-from search.sweep import SweepFailedError
-from search.trial_data import Calibration, make_teacher, mixed_seed, open_split, trial_device
-from search.trial_files import Saved, TrialFiles, hung_path
-from search.trial_inputs import TrialInputs
+from pruners.families.learned import Learned
+from pruners.training.evaluation import Evaluation, evaluate, measured_rate
+from pruners.training.fine_tune import FineTuner, NonFiniteLossError, Recipe, TrainingLeftError
+from search.data.augment import Epoch
+from search.data.splits import Calibration, make_teacher, mixed_seed, open_split, trial_device
+from search.records.lease import check_attempt
+from search.sweep.spec import SweepFailedError
+from search.trial.inputs import TrialInputs
+from search.trial.memory import is_out_of_memory
+from search.trial.preemption import Notice, ToldToEndError
+from search.trial.trial_files import Saved, TrialFiles, hung_path
+from search.trial.watchdog import ends_if_hung
 
 LATENCY_BATCHES = 5
 """Batches that a model's speed is the median of; one more before them warms up."""
@@ -42,9 +42,9 @@ class PlanTrial(tune.Trainable):
     trial goes on as if nothing had happened; another `seed` in the configuration, 0 by default,
     trains the same plan on another stream of images.
 
-    What it comes to is saved after each epoch (`search.trial_files`), and in the middle of one if
-    its process is told to end. A trial that starts anew, since its actor or the whole sweep died,
-    first reports again what was saved: the driver may not have heard all of it.
+    What it comes to is saved after each epoch (`search.trial.trial_files`), and in the middle of
+    one if its process is told to end. A trial that starts anew, since its actor or the whole sweep
+    died, first reports again what was saved: the driver may not have heard all of it.
 
     A trial that runs out of memory goes back to what was saved and passes batches in twice as many
     parts; one whose epoch takes longer than `max_epoch_hours` has its process ended.

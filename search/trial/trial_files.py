@@ -19,13 +19,10 @@ from typing import Any
 import torch
 
 from pruners import PrunableViT
-from pruners.checkpoint import SHAPE, WEIGHTS
-from search.digests import file_digest, json_digest
-from search.sealed import DAMAGE, read_sealed, sealed
-from search.writing import writing_to
-
-MODELS = "models"
-"""Folder of a sweep's directory that holds a folder for each trial."""
+from pruners.model.checkpoint import SHAPE, WEIGHTS
+from search.records.atomic import writing_to
+from search.records.digests import DAMAGE, file_digest, json_digest, read_sealed, sealed
+from search.records.trial_record import MODELS, model_name
 
 RESULTS, TUNER, HUNG = "results.json", "tuner.pt", "hung.txt"
 DECISIVE = ("plan", "origin", "epochs", "seed", "learned", "cost_ratio")
@@ -121,19 +118,9 @@ class TrialFiles:
         return Saved(results=results, directory=path.parent, tuner=tuner, seconds=seconds)
 
 
-def model_path(trial: str, epoch: int) -> str:
-    """Return where the model of a trial lies after an epoch, below the sweep's directory."""
-    return f"{MODELS}/{trial}/{model_name(epoch)}"
-
-
 def hung_path(trial: str) -> str:
     """Return where it is written where a trial hung, below the sweep's directory."""
     return f"{MODELS}/{trial}/{HUNG}"
-
-
-def model_name(epoch: int, steps: int = 0) -> str:
-    """Return the name of the folder of a model, so many steps after an epoch; they sort by it."""
-    return f"epoch-{epoch:04d}" + (f"-{steps:06d}" if steps else "")
 
 
 def check_model(directory: Path) -> None:

@@ -14,15 +14,15 @@ import ray
 import torch
 from torch import Tensor
 
-from pruners.peers import Peers
-from pruners.training import NonFiniteLossError, TrainingLeftError
-from search.memory import is_out_of_memory
-from search.notice import ToldToEndError
-from search.sweep import SweepFailedError
-from search.trial import PlanTrial
-from search.trial_data import mixed_seed, trial_device
-from search.trial_files import Saved
-from search.trial_inputs import TrialInputs
+from pruners.training.fine_tune import NonFiniteLossError, TrainingLeftError
+from pruners.training.peers import Peers
+from search.data.splits import mixed_seed, trial_device
+from search.sweep.spec import SweepFailedError
+from search.trial.inputs import TrialInputs
+from search.trial.memory import is_out_of_memory
+from search.trial.preemption import ToldToEndError
+from search.trial.trial import PlanTrial
+from search.trial.trial_files import Saved
 
 Order = tuple[str, dict[str, Any]]
 """A step to do: "begin" a trial of this configuration, or "go on" with the one that runs; or "end".

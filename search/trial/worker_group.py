@@ -1,4 +1,4 @@
-"""A trial that several processes train together (`search.member`): a worker group of Ray Train.
+"""A trial that several processes train together: a worker group of Ray Train.
 
 The group lives as long as the trial's actor, from trial to trial. When a worker dies the trial
 fails as a whole, and Tune restarts it from what was saved. A worker that has to go says so to all
@@ -22,9 +22,9 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import PreemptionError
 
-from search.member import Answer, Order, work
-from search.sweep import Sweep
-from search.trial_inputs import TrialInputs
+from search.sweep.spec import Sweep
+from search.trial.inputs import TrialInputs
+from search.trial.worker import Answer, Order, work
 
 HEAD = {"node:__internal_head__": 0.001}
 """What the trial's own actor takes: a place on the head, which is not preempted, but no CPU."""

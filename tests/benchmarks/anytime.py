@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from search import pareto
+from search.records import pareto
 
 Curve = NDArray[np.float64]
 """[epochs + 1] or [seeds, epochs + 1]: a value for each number of epochs spent, 0 first."""

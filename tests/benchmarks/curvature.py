@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from pruners import Plan, PrunableViT, Step, load_method
-from pruners.curvature import update_inverse
-from pruners.gradients import evaluating, sample_gradients
 from pruners.methods.cap import eliminate
+from pruners.saliency.curvature import update_inverse
+from pruners.saliency.gradients import evaluating, sample_gradients
 
 WEIGHTS, BLOCK, GRADIENTS, LOOPED = 384 * 1536, 64, 256, 16
 

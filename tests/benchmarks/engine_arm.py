@@ -7,13 +7,14 @@ import math
 from anytime import Ended
 from quality_problem import TUNE_EPOCHS, Settings
 
-from pruners.learned import Learned
+from pruners.families.learned import Learned
 from search.check import check
-from search.elastic import PASSES
-from search.learning import FOLDER
-from search.milestones import milestones
-from search.results import TrialRecord, read_trials
-from search.sweep import Sweep
+from search.prepare.elastic import PASSES
+from search.prepare.learning import FOLDER
+from search.records.files import read_trials
+from search.records.trial_record import TrialRecord
+from search.sweep.milestones import milestones
+from search.sweep.spec import Sweep
 from search.tuner import is_done, run_sweep
 
 VARIANTS: dict[str, tuple[str, ...]] = {

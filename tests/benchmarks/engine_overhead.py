@@ -35,18 +35,18 @@ from ray.tune.search.optuna import OptunaSearch
 
 from pruners import PrunableViT
 from search.check import check
-from search.ledger import Ledger
-from search.mlflow_runs import SweepRuns
-from search.progress import Progress
 from search.recorder import Recorder
-from search.searcher import PlanSearcher
-from search.space import Space
-from search.sweep import Sweep
-from search.sweep_file import load_sweep
-from search.tracking import Tracker
-from search.trial import PlanTrial
-from search.trial_files import model_path
-from search.trial_inputs import TrialInputs
+from search.records.ledger import Ledger
+from search.records.trial_record import model_path
+from search.report.progress import Progress
+from search.space.space import Space
+from search.strategy.searcher import PlanSearcher
+from search.sweep.spec import Sweep
+from search.sweep.toml import load_sweep
+from search.tracking.runs import SweepRuns
+from search.tracking.tracker import Tracker
+from search.trial.inputs import TrialInputs
+from search.trial.trial import PlanTrial
 from search.tuner import RAY_SETTINGS, run_trials
 
 ROOT = Path(__file__).parents[2]

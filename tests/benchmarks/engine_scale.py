@@ -37,16 +37,16 @@ from simulated import SimulatedTrial, made_up
 import search.tuner
 from pruners import PrunableViT
 from search.check import check
-from search.ledger import Ledger
-from search.mlflow_runs import SweepRuns
-from search.moasha import MoAsha
-from search.progress import Progress
 from search.recorder import Recorder
-from search.searcher import PlanSearcher
-from search.sweep import Sweep
-from search.sweep_file import load_sweep
-from search.tracking import Tracker
-from search.trial_inputs import TrialInputs
+from search.records.ledger import Ledger
+from search.report.progress import Progress
+from search.strategy.moasha import MoAsha
+from search.strategy.searcher import PlanSearcher
+from search.sweep.spec import Sweep
+from search.sweep.toml import load_sweep
+from search.tracking.runs import SweepRuns
+from search.tracking.tracker import Tracker
+from search.trial.inputs import TrialInputs
 
 ROOT = Path(__file__).parents[2]
 CONCURRENT = 4

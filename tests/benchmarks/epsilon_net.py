@@ -1,6 +1,6 @@
 """The other rule of MO-ASHA: non-domination rank, then spread by an epsilon-net.
 
-What `search.rungs.within_band` is measured against in `halving_rules.py`.
+What `search.strategy.rungs.within_band` is measured against in `halving_rules.py`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import moocore
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from search.farthest import farthest_first
-from search.rungs import Floats
+from search.space.farthest import farthest_first
+from search.strategy.rungs import Floats
 
 
 def within_net(costs: Floats, top1s: Floats, candidate: int, eta: float) -> bool:

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from pruners import Plan, PrunableViT, Step, cost_of, load_method
-from pruners.export import agreement, onnx_call, write_onnx
-from pruners.timing import Call, forward_call, seconds_in_turn
+from pruners.export.onnx import agreement, onnx_call, write_onnx
+from pruners.latency.timing import Call, forward_call, seconds_in_turn
 
 CASES: dict[str, tuple[float, str | None]] = {  # share of the MACs that units leave; token method
     "units": (0.5, None),

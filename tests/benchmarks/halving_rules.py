@@ -18,9 +18,9 @@ from quality_problem import TUNE_EPOCHS
 from surrogate import TRIALS
 from surrogate import trials as measured
 
-from search import pareto
-from search.milestones import milestones
-from search.rungs import Floats, within_band
+from search.records import pareto
+from search.strategy.rungs import Floats, within_band
+from search.sweep.milestones import milestones
 
 Rule = Callable[[Floats, Floats, int, float], bool]
 RULES: dict[str, Rule] = {

@@ -25,11 +25,11 @@ import torch
 from tuning import BATCH, Tuned, Tuning, arguments, cell, dense_model, in_batches, tune, tuning_of
 
 from pruners import PrunableViT, ViTShape, cost_of, load_method
-from pruners.allocation import same_share
-from pruners.gates import LearningData
-from pruners.learned import LearnedPruner
-from pruners.pruner import Scores, Thresholds
-from pruners.unit_pruner import UnitPruner
+from pruners.families.allocation import same_share
+from pruners.families.learned import LearnedPruner
+from pruners.families.pruner import Scores, Thresholds
+from pruners.families.unit import UnitPruner
+from pruners.model.gates import LearningData
 
 BASELINES = ("uniform", "random", "grouped magnitude", "grouped taylor")
 LEARNED: dict[str, tuple[str, dict[str, object]]] = {

@@ -24,8 +24,8 @@ from mlflow.tracking import MlflowClient
 from playwright.sync_api import Page, sync_playwright
 from sizing import server
 
-from search.mlflow_runs import local_uri
-from search.mlflow_views import FRONT, TRIALS, view_address
+from search.tracking.runs import local_uri
+from search.tracking.views import FRONT, TRIALS, view_address
 
 QUIET = ("no-sandbox", "disable-gpu", "disable-background-networking", "no-first-run")
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from pruners import Plan, PrunableViT, Step, ViTShape, cost_of, load_method
-from pruners.evaluation import evaluate
-from search.decode import ImageSpec
-from search.parquet import Images, open_images
+from pruners.training.evaluation import evaluate
+from search.data.decode import ImageSpec
+from search.data.images import Images, open_images
 
 SAMPLE = Path(__file__).parents[2] / "search" / "sample"
 METHODS: dict[str, dict[str, object]] = {

@@ -20,9 +20,9 @@ from journal import Journal
 from quality_problem import HIGH, LOW, Bench, tokens, units
 
 from pruners import Plan, PrunableViT, Step, load_method
-from search.own import own_shares
-from search.space import OutOfReachError, Space
-from search.space_step import Rung
+from search.space.allocation import own_shares
+from search.space.space import OutOfReachError, Space
+from search.space.step import Rung
 
 Cut = tuple[str, float, Callable[[], PrunableViT]]
 """What it is, its cost as a share of the dense model's, and what makes the model."""

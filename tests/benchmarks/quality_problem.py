@@ -1,8 +1,8 @@
 """The problem that `search_quality.py` puts to all arms: a model, images, and one way to tune.
 
 Every arm cuts the sample's ViT and tunes each cut in the same way: the images in the same order,
-the same views, the same teacher and recipe as a trial of a sweep (`search.trial`), of which the
-sweep made here says every setting.
+the same views, the same teacher and recipe as a trial of a sweep (`search.trial.trial`), of which
+the sweep made here says every setting.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pruners import Plan, PrunableViT, Pruner, cost_of, load_method
-from pruners.checkpoint import replace_file
-from pruners.evaluation import evaluate
-from pruners.learned import Learned
-from pruners.training import FineTuner, NonFiniteLossError, Recipe
-from search.augment import Epoch
-from search.model import load_model
-from search.shards import find_shards
-from search.sweep import Sweep
-from search.sweep_file import load_sweep
-from search.trial_data import Calibration, make_teacher, mixed_seed, open_split
+from pruners.families.learned import Learned
+from pruners.model.checkpoint import replace_file
+from pruners.training.evaluation import evaluate
+from pruners.training.fine_tune import FineTuner, NonFiniteLossError, Recipe
+from search.data.augment import Epoch
+from search.data.model import load_model
+from search.data.shards import find_shards
+from search.data.splits import Calibration, make_teacher, mixed_seed, open_split
+from search.sweep.spec import Sweep
+from search.sweep.toml import load_sweep
 
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "search" / "sample"

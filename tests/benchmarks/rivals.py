@@ -26,8 +26,8 @@ from ray import tune
 from ray.tune.search.optuna import OptunaSearch
 
 from pruners import Plan, Pruner, Step, ViTShape
-from search.samplers import POPULATION
-from search.sweep import Sweep
+from search.strategy.samplers import POPULATION
+from search.sweep.spec import Sweep
 from search.tuner import RAY_SETTINGS
 
 MOST = {"unit": 0.9, "token": 0.5}

@@ -39,7 +39,7 @@ from quality_problem import SAMPLE, TUNE_EPOCHS, Bench, Settings, SettingsError
 from quality_report import Arms, draw, table
 from rivals import search_optuna, search_random
 
-from search.sweep import Sweep
+from search.sweep.spec import Sweep
 
 RIVALS = ["uniform", "random", "optuna", "nsga2", "tp_magnitude", "tp_taylor"]
 LADDERS = ["own", "curvature", "curvature_tome"]

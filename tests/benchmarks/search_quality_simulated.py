@@ -31,15 +31,15 @@ from surrogate import Surrogate, errors
 from tuning import SAMPLE, SPEC, dense_model
 
 from pruners import Plan, Step, cost_of, load_method
-from search import pareto
-from search.moasha import MoAsha
-from search.own import own_shares
-from search.parquet import open_images
-from search.proposer import Proposer
-from search.space import Space
-from search.space_step import Rung
-from search.sweep import Sweep, SweepFailedError
-from search.sweep_file import load_sweep
+from search.data.images import open_images
+from search.records import pareto
+from search.space.allocation import own_shares
+from search.space.space import Space
+from search.space.step import Rung
+from search.strategy.moasha import MoAsha
+from search.strategy.proposer import Proposer
+from search.sweep.spec import Sweep, SweepFailedError
+from search.sweep.toml import load_sweep
 
 matplotlib.use("Agg")
 SWEEP = SAMPLE.parent / "sweeps" / "sample.toml"

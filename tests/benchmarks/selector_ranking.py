@@ -22,9 +22,9 @@ from torch import Tensor
 from tuning import Tuning, arguments, cell, dense_model, in_batches, tune, tuning_of
 
 from pruners import cost_of, load_method
-from pruners.evaluation import evaluate
 from pruners.methods import dynamic_vit
-from pruners.tokens import split_by_score
+from pruners.model.tokens import split_by_score
+from pruners.training.evaluation import evaluate
 
 SETTLE = (0.0, 0.33)
 

@@ -10,7 +10,7 @@ import numpy as np
 from ray import tune
 
 from pruners import Plan, ViTShape, cost_of
-from search.trial_inputs import TrialInputs
+from search.trial.inputs import TrialInputs
 
 FAILED = 0.02
 """Share of the trials whose loss is not a number in the end."""

@@ -21,8 +21,9 @@ from quality_problem import HIGH, ROOT, SAMPLE, TUNE_EPOCHS, Settings
 from surrogate import BLOCKS, KINDS, TRIALS
 
 from search.check import check
-from search.results import TrialRecord, read_trials
-from search.sweep import Sweep
+from search.records.files import read_trials
+from search.records.trial_record import TrialRecord
+from search.sweep.spec import Sweep
 from search.tuner import RAY_SETTINGS, is_done, run_sweep
 
 SPACES = ("residual", "layer", "tied")

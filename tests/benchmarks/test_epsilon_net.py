@@ -8,7 +8,7 @@ from epsilon_net import net_positions, ranks, within_net
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search.rungs import Floats
+from search.strategy.rungs import Floats
 from tests.rungs import (
     ETAS,
     FIRST,

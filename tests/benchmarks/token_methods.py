@@ -24,10 +24,10 @@ from speed import in_turn
 from tuning import Tuned, Tuning, arguments, cell, dense_model, in_batches, tune, tuning_of
 
 from pruners import Plan, PrunableViT, Step, cost_of, load_method
-from pruners.attention import Attended
-from pruners.gates import LearningData
-from pruners.learned import Learned, LearnedPruner
-from pruners.tokens import MiddleReducer, Tokens, take_tokens
+from pruners.families.learned import Learned, LearnedPruner
+from pruners.model.attention import Attended
+from pruners.model.gates import LearningData
+from pruners.model.tokens import MiddleReducer, Tokens, take_tokens
 
 METHODS = ("random", "evit", "tome", "dynamic_vit", "spvit", "cait_tokens", "cait")
 

@@ -19,7 +19,7 @@ import torch
 from speed import in_turn, rate
 
 from pruners import Plan, PrunableViT, Step, cost_of, load_method
-from pruners.tokens import TokenReducer
+from pruners.model.tokens import TokenReducer
 
 CASES: dict[str, tuple[str, dict[str, object]]] = {
     "evit": ("evit", {}),

@@ -22,8 +22,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from pruners import PrunableViT, ViTShape, cost_of
-from pruners.checkpoint import read_safetensors
-from pruners.surgery import cut_to_shape
+from pruners.model.checkpoint import read_safetensors
+from pruners.model.surgery import cut_to_shape
 
 MOST_HEADS = 0.7
 """Largest share of heads; above, a block would lose all of them, which Torch-Pruning then skips."""

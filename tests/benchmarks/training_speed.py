@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from pruners import PrunableViT
-from pruners.evaluation import evaluate
-from pruners.training import FineTuner, Recipe
+from pruners.training.evaluation import evaluate
+from pruners.training.fine_tune import FineTuner, Recipe
 
 MODEL = Path(__file__).parents[2] / "search" / "sample" / "vit_cifar10.safetensors"
 ROUNDS, BATCHES, BATCH = 5, 3, 128

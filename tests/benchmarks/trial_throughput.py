@@ -33,14 +33,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from pruners import Plan, PrunableViT, Step, cost_of, load_method
-from pruners.allocation import smallest
-from search.augment import Epoch
-from search.model import load_model
-from search.sweep import Sweep
-from search.sweep_file import load_sweep
-from search.teacher import open_answers
-from search.trial import PlanTrial
-from search.trial_inputs import TrialInputs
+from pruners.families.allocation import smallest
+from search.data.augment import Epoch
+from search.data.model import load_model
+from search.data.teacher import open_answers
+from search.sweep.spec import Sweep
+from search.sweep.toml import load_sweep
+from search.trial.inputs import TrialInputs
+from search.trial.trial import PlanTrial
 
 ROOT = Path(__file__).parents[2]
 TRIALS = (16, 50)  # that share what is computed once

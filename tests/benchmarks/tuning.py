@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from pruners import PrunableViT
-from pruners.evaluation import evaluate
-from pruners.training import FineTuner, Recipe
-from search.decode import ImageSpec
-from search.parquet import Images, open_images
+from pruners.training.evaluation import evaluate
+from pruners.training.fine_tune import FineTuner, Recipe
+from search.data.decode import ImageSpec
+from search.data.images import Images, open_images
 
 SAMPLE = Path(__file__).parents[2] / "search" / "sample"
 SPEC = ImageSpec(

@@ -16,10 +16,10 @@ import torch
 from speed import in_turn
 
 from pruners import PrunableViT, cost_of
+from pruners.families.unit import UnitPruner
 from pruners.methods.uvc import UVC
 from pruners.methods.vit_slim import ViTSlim
 from pruners.methods.x_pruner import XPruner
-from pruners.unit_pruner import UnitPruner
 
 CASES: dict[str, UnitPruner] = {
     "heads and neurons": XPruner(),

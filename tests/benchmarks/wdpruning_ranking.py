@@ -20,11 +20,11 @@ from torch import Tensor
 from tuning import BATCH, SAMPLE, SPEC, dense_model
 
 from pruners import cost_of, load_method
-from pruners.evaluation import evaluate
-from pruners.gates import LearningData
 from pruners.methods.wdpruning import WDPruning
-from pruners.sites import kind_of
-from search.parquet import open_images
+from pruners.model.gates import LearningData
+from pruners.model.sites import kind_of
+from pruners.training.evaluation import evaluate
+from search.data.images import open_images
 
 CASES = {
     "with exits": WDPruning(),

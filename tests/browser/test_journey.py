@@ -16,8 +16,9 @@ from mlflow.tracking import MlflowClient
 from playwright.sync_api import Frame, Page, expect
 
 from pruners import PrunableViT
-from search.mlflow_runs import local_uri
-from search.results import Front, read_front
+from search.records.files import read_front
+from search.records.front import Front
+from search.tracking.runs import local_uri
 from tests.browser.conftest import Demo, keep, python, server
 from tests.browser.readme import block, blocks
 

@@ -14,9 +14,9 @@ from typing import Any
 import psutil
 from mlflow.tracking import MlflowClient
 
-from search.journal import Journal
-from search.mlflow_runs import local_uri
-from search.results import read_front, read_trials
+from search.records.files import read_front, read_trials
+from search.records.journal import Journal
+from search.tracking.runs import local_uri
 from tests.conftest import write_sweep
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from search.sweep import Sweep
+    from search.sweep.spec import Sweep
 
 
 class AfterImport:
@@ -48,13 +48,13 @@ class AfterImport:
 
 def short_of_memory() -> None:
     """Let PyTorch's own allocator fail in the second epoch of trials that pass whole batches."""
-    AfterImport("pruners.training", _limit_memory)
+    AfterImport("pruners.training.fine_tune", _limit_memory)
 
 
 def _limit_memory() -> None:
     import torch
 
-    from pruners.training import FineTuner
+    from pruners.training.fine_tune import FineTuner
 
     loss_of = FineTuner._loss_of
 
@@ -68,13 +68,13 @@ def _limit_memory() -> None:
 
 def fill_the_node() -> None:
     """Let a trial take all memory in its second epoch, once: until Ray ends its process."""
-    AfterImport("pruners.training", _fill)
+    AfterImport("pruners.training.fine_tune", _fill)
 
 
 def _fill() -> None:
     import numpy as np
 
-    from pruners.training import FineTuner
+    from pruners.training.fine_tune import FineTuner
 
     loss_of, filled = FineTuner._loss_of, Path(os.environ["GPU_NOTES"]) / "filled"
 
@@ -96,14 +96,14 @@ def cpu_for_gpu() -> None:
 
     Which one they got is written down in the folder that GPU_NOTES names.
     """
-    AfterImport("search.trial_data", _let_cpus_do)
+    AfterImport("search.data.splits", _let_cpus_do)
 
 
 def _let_cpus_do() -> None:
     import ray
     import torch
 
-    from search import trial_data
+    from search.data import splits
 
     def device(sweep: object) -> torch.device:
         node = ray.get_runtime_context().get_node_id()
@@ -112,7 +112,7 @@ def _let_cpus_do() -> None:
         note.write_text(f"{node} {seen}")
         return torch.device("cpu")
 
-    trial_data.trial_device = device  # type: ignore[assignment]
+    splits.trial_device = device  # type: ignore[assignment]
 
 
 def watched() -> None:
@@ -121,18 +121,19 @@ def watched() -> None:
     Lines of JSON, a file per process: which GPUs it sees, what it decodes, which learned scores it
     reads, and how large the configurations of its trials are.
     """
-    AfterImport("search.trial_data", _watch)
+    AfterImport("search.data.splits", _watch)
 
 
 def _watch() -> None:
     _let_cpus_do()
     import ray
 
-    from pruners.learned import Learned
-    from search import parquet, trial_data, trial_files
+    from pruners.families.learned import Learned
+    from search.data import images, splits
+    from search.trial import trial_files
 
     notes = Path(os.environ["GPU_NOTES"])
-    device_of, decode_to, load = trial_data.trial_device, parquet._decode_to, Learned.load
+    device_of, decode_to, load = splits.trial_device, images._decode_to, Learned.load
 
     def note(what: str, **values: object) -> None:
         node = ray.get_runtime_context().get_node_id()
@@ -171,7 +172,7 @@ def _watch() -> None:
             note("trial", learned=config["learned"], bytes=len(json.dumps(config)))
             super().__init__(directory, config)
 
-    trial_data.trial_device = device
-    parquet._decode_to = decode
+    splits.trial_device = device
+    images._decode_to = decode
     Learned.load = loaded  # type: ignore[method-assign, assignment]
     trial_files.TrialFiles = Files  # type: ignore[misc]

@@ -8,8 +8,8 @@ import signal
 import pytest
 from mlflow.tracking import MlflowClient
 
-from search.mlflow_runs import local_uri
-from search.results import read_front
+from search.records.files import read_front
+from search.tracking.runs import local_uri
 from tests.chaos.faults import Faulty, until
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]

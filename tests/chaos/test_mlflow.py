@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from search.results import read_front
+from search.records.files import read_front
 from tests.chaos.faults import Faulty, environment, until
 from tests.cluster.conftest import free_port
 

@@ -12,7 +12,7 @@ import time
 import psutil
 import pytest
 
-from search.results import read_trials
+from search.records.files import read_trials
 from tests.chaos.faults import Faulty, actors, epochs_of, until
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cluster.connection import LOCAL, Address, ClusterError, is_loopback
-from search.sweep import SweepError
+from search.sweep.spec import SweepError
 from tests.cluster.conftest import TOKEN, free_port
 
 FAR = "https://ray.example.org"

@@ -18,7 +18,7 @@ from tests.cluster.manifests import ROOT
 
 TRIAL = """
 import pathlib, sys, time, ray
-from search.notice import Notice
+from search.trial.preemption import Notice
 
 saved = pathlib.Path(sys.argv[2])
 ray.init(address=sys.argv[1])

@@ -22,8 +22,8 @@ from cluster.due import Outcome, dry_run, due, show_coming
 from cluster.jobs import JobExistsError
 from cluster.schedules import Claim, Schedule, run_name, slots, unstamp
 from cluster.slots import Slots
-from search.sweep import SweepError
-from search.sweep_file import load_sweep
+from search.sweep.spec import SweepError
+from search.sweep.toml import load_sweep
 from tests.cluster.test_slots import Memory, finish
 
 ROOT = Path(__file__).parents[2]

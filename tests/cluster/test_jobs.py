@@ -12,7 +12,7 @@ import pytest
 
 from cluster.connection import Address, ClusterError
 from cluster.jobs import JobExistsError, Jobs, dependencies
-from search.sweep import SweepError
+from search.sweep.spec import SweepError
 
 
 class Client:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from search.results import read_front
+from search.records.files import read_front
 from tests.cluster.conftest import TOKEN
 
 ROOT = Path(__file__).parents[2]

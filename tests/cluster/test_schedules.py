@@ -23,8 +23,8 @@ from cluster.schedules import (
     stamp,
     unstamp,
 )
-from search.sweep import SweepError
-from search.sweep_file import load_sweep
+from search.sweep.spec import SweepError
+from search.sweep.toml import load_sweep
 
 ROOT = Path(__file__).parents[2]
 HOUR, MINUTE = timedelta(hours=1), timedelta(minutes=1)

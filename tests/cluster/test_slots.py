@@ -13,9 +13,9 @@ from mlflow.tracking import MlflowClient
 
 from cluster.schedules import Claim, Record, Schedule, run_name
 from cluster.slots import Slots
-from search.mlflow_runs import SweepRuns
-from search.sweep import SweepError
-from tests.search.test_mlflow_runs import TINY_SHAPE, tracked
+from search.sweep.spec import SweepError
+from search.tracking.runs import SweepRuns
+from tests.search.tracking.test_runs import TINY_SHAPE, tracked
 
 NOON = datetime(2026, 11, 25, 12, tzinfo=UTC)
 HOUR, MINUTE = timedelta(hours=1), timedelta(minutes=1)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from cluster.upload import ROOT, refuse_what_stays_behind, shipped, stage
-from search.sweep import SweepError
-from search.sweep_file import load_sweep
+from search.sweep.spec import SweepError
+from search.sweep.toml import load_sweep
 
 SAMPLE = ROOT / "search" / "sweeps" / "sample.toml"
 

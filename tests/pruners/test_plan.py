@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pruners import Plan, PrunableViT, Step, cost_of, load_method
-from pruners.learned import Learned
+from pruners.families.learned import Learned
 from tests.conftest import TINY, images_for
 
 

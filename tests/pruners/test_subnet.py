@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.func import functional_call
 
 from pruners import Plan, PrunableViT, Pruner, Step, load_method
-from pruners.learned import Learned, LearnedPruner
-from pruners.pruner import Batches, Scores, method_names
-from pruners.shape import units_kept
-from pruners.shared_weights import Subnet, shared_scores
-from pruners.sites import KINDS, kind_of
-from pruners.unit_pruner import UnitPruner
-from pruners.weight_pruner import WeightPruner
+from pruners.families.learned import Learned, LearnedPruner
+from pruners.families.pruner import Batches, Scores, method_names
+from pruners.families.unit import UnitPruner
+from pruners.families.weight import WeightPruner
+from pruners.model.shape import units_kept
+from pruners.model.sites import KINDS, kind_of
+from pruners.subnet import Subnet, shared_scores
 from tests.conftest import VARIANTS, images_for
 
 ADDERS = ("cait_tokens", "dynamic_vit", "spvit")

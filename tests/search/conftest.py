@@ -6,16 +6,16 @@ from pathlib import Path
 import pytest
 
 from pruners import PrunableViT
-from search.results import TrialRecord
-from search.served import Served, make_served
-from search.sweep import Sweep
-from search.sweep_file import load_sweep
-from search.trial_files import TrialFiles, model_path
+from search.records.trial_record import TrialRecord, model_path
+from search.sweep.spec import Sweep
+from search.sweep.toml import load_sweep
+from search.tracking.served import Served, make_served
+from search.trial.trial_files import TrialFiles
 from tests.conftest import build_tiny, write_sweep
-from tests.pruners.test_export import cut
-from tests.search.test_results import record
-from tests.search.test_shards import features, write_classes
-from tests.search.test_trial_files import CONFIG
+from tests.pruners.export.test_onnx import cut
+from tests.search.data.test_shards import features, write_classes
+from tests.search.records.test_files import record
+from tests.search.trial.test_trial_files import CONFIG
 
 MINIMAL = """
 name = "a"

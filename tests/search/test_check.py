@@ -9,9 +9,9 @@ import pytest
 from safetensors.torch import save_file
 
 from search.check import check, label_range
-from search.shards import find_shards
-from search.sweep import SweepError
-from search.sweep_file import load_sweep
+from search.data.shards import find_shards
+from search.sweep.spec import SweepError
+from search.sweep.toml import load_sweep
 from tests.conftest import TINY, labelled, write_images
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from pruners import Plan, PrunableViT, Step, load_method
-from pruners.export import onnx_call
+from pruners.export.onnx import onnx_call
 from search import export
 from search.export import check_replaceable, example_images, export_trial
-from search.results import TrialRecord, write_trials
-from search.sweep_file import load_sweep
-from search.sweep_toml import sweep_toml
-from search.trial_files import TrialFiles
+from search.records.files import write_trials
+from search.records.trial_record import TrialRecord
+from search.sweep.toml import load_sweep, sweep_toml
+from search.trial.trial_files import TrialFiles
 from tests.conftest import images_for
 
 ALL = {

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from ray.cluster_utils import Cluster
 
-from search.results import read_trials
+from search.records.files import read_trials
 from tests.chaos.faults import ROOT, Faulty, environment
 from tests.conftest import write_sweep
 

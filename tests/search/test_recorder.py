@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from search import recorder as module
-from search.ledger import METRICS, Ledger
-from search.progress import Progress
 from search.recorder import Recorder
-from search.results import build_front, read_front, read_trials
-from search.sweep import Sweep, SweepFailedError
-from search.sweep_file import load_sweep
+from search.records.files import read_front, read_trials
+from search.records.front import build_front
+from search.records.ledger import METRICS, Ledger
+from search.report.progress import Progress
+from search.sweep.spec import Sweep, SweepFailedError
+from search.sweep.toml import load_sweep
 
 PLAN = {"steps": [{"method": "magnitude", "options": {}, "thresholds": {"blocks.0.mlp.fc1": 0.5}}]}
 
@@ -283,10 +284,10 @@ def test_a_full_disk_stops_the_sweep_and_loses_nothing(
         if at == "tables":
             disk.setattr(module, "write_trials", full)
         if at == "epoch":
-            disk.setattr("search.journal.Journal.append", full)
+            disk.setattr("search.records.journal.Journal.append", full)
         recorder.on_trial_result(0, [], trial, result(trial, 70.0, 1))
         if at == "ended":
-            disk.setattr("search.journal.Journal.append", full)
+            disk.setattr("search.records.journal.Journal.append", full)
         recorder.on_trial_complete(0, [], trial)  # Ray would only log what it raises
     before = (sweep.directory / "ledger.jsonl").read_bytes()
     with pytest.raises(SweepFailedError, match="cannot be written to: No space left on device"):

@@ -16,18 +16,18 @@ from mlflow.tracking import MlflowClient
 from optuna.trial import TrialState
 
 from pruners import PrunableViT, ViTShape, cost_of
-from pruners.evaluation import evaluate
+from pruners.training.evaluation import evaluate
 from search.__main__ import main
-from search.change import change
 from search.check import check
-from search.journal import Journal
-from search.mlflow_runs import local_uri
-from search.progress import cost_ratio
-from search.results import read_front, read_trials
-from search.shared_trial import HEAD
-from search.sweep import SweepError
-from search.sweep_file import load_sweep
-from search.trial_data import open_split
+from search.data.splits import open_split
+from search.records.files import read_front, read_trials
+from search.records.front import cost_ratio
+from search.records.front_diff import change
+from search.records.journal import Journal
+from search.sweep.spec import SweepError
+from search.sweep.toml import load_sweep
+from search.tracking.runs import local_uri
+from search.trial.worker_group import HEAD
 from search.tuner import bundle, most_trials_at_once
 from tests.conftest import write_images
 

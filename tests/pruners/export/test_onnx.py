@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pruners import Plan, PrunableViT, Step, load_method
-from pruners.export import agreement, agreement_of, export_program, write_onnx, write_program
+from pruners.export.onnx import agreement, agreement_of, export_program, write_onnx, write_program
 from tests.conftest import VARIANTS, images_for
 
 

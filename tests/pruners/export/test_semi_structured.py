@@ -14,7 +14,7 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from pruners import Plan, PrunableViT, Step, load_method
-from pruners.semi_structured import (
+from pruners.export.semi_structured import (
     BACKENDS,
     DTYPES,
     is_two_of_four,

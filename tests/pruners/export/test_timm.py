@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pruners import Plan, PrunableViT, Step, load_method
-from pruners.plain_timm import why_not, write_timm
-from pruners.surgery import keep_attention_writes, remove_attention, remove_mlp
+from pruners.export.timm import why_not, write_timm
+from pruners.model.surgery import keep_attention_writes, remove_attention, remove_mlp
 from tests.conftest import TINY, VARIANTS, images_for
 
 UNITS = {  # uneven sizes, and a block that is gone

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pruners import cost_of, load_method
-from pruners.allocation import rank_globally, smallest
+from pruners.families.allocation import rank_globally, smallest
 
 
 @given(limit=st.integers(0, 300), largest=st.integers(0, 300))

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pruners import cost_of, load_method, method_names
-from pruners.gates import LearningData
-from pruners.learned import Learned, LearnedPruner
+from pruners.families.learned import Learned, LearnedPruner
+from pruners.model.gates import LearningData
 
 LEARNERS = [name for name in method_names() if isinstance(load_method(name), LearnedPruner)]
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from timm.models.deit import VisionTransformerDistilled
 
 from pruners import PrunableViT, ViTShape, cost_of
-from pruners.pruner import Thresholds
-from pruners.selector_pruner import EMBEDDINGS, SelectorPruner
-from pruners.tokens import FrontReducer, TokenReducer, Tokens
+from pruners.families.pruner import Thresholds
+from pruners.families.selector import EMBEDDINGS, SelectorPruner
+from pruners.model.tokens import FrontReducer, TokenReducer, Tokens
 from tests.conftest import TINY, images_for
 
 DEEP = {"img_size": (48, 32), "depth": 12}  # 24 patches

@@ -7,8 +7,8 @@ import torch
 from timm.models.deit import VisionTransformerDistilled
 
 from pruners import Plan, PrunableViT, Step, cost_of, load_method, method_names
-from pruners.export import agreement, export_program, write_onnx
-from pruners.token_pruner import quarters
+from pruners.export.onnx import agreement, export_program, write_onnx
+from pruners.families.token import quarters
 from tests.conftest import TINY, VARIANTS, images_for
 
 METHODS = [name for name in method_names() if load_method(name).family == "token"]

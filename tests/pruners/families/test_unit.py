@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pruners import cost_of
-from pruners.sites import KINDS
-from pruners.unit_pruner import UnitPruner
+from pruners.families.unit import UnitPruner
+from pruners.model.sites import KINDS
 from tests.conftest import VARIANTS, images_for
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pruners import Plan, Step, cost_of, load_method
-from pruners.masks import keep_n_of_m
+from pruners.model.masks import keep_n_of_m
 
 METHODS = ["magnitude", "taylor", "fisher", "obd", "woodfisher", "mfac", "cap", "fast_cap"]
 

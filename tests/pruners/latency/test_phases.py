@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pruners.phases import Keeps, Rules, phases_of, search_phases, selector_blocks, shares_of
+from pruners.latency.phases import (
+    Keeps,
+    Rules,
+    phases_of,
+    search_phases,
+    selector_blocks,
+    shares_of,
+)
 
 GRID = Rules().grid
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pruners import load_method
-from pruners.latency import LatencyTable, measure_latency
-from pruners.tokens import FrontReducer, Tokens
+from pruners.latency.table import LatencyTable, measure_latency
+from pruners.model.tokens import FrontReducer, Tokens
 
 TABLE = LatencyTable(
     counts=(10, 20, 40),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from pruners.timing import forward_call, seconds_in_turn
+from pruners.latency.timing import forward_call, seconds_in_turn
 
 
 def test_calls_take_turns_and_warmup_does_not_count() -> None:

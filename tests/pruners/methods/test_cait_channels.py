@@ -10,11 +10,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from pruners import PrunableViT, cost_of, load_method
-from pruners.gates import LearningData, run
+from pruners.families.unit import slice_scores
 from pruners.methods.cait_channels import StraightThroughGate, removed_share
-from pruners.sites import kind_of
-from pruners.surgery import keep_heads, remove_attention, remove_mlp
-from pruners.unit_pruner import slice_scores
+from pruners.model.gates import LearningData, run
+from pruners.model.sites import kind_of
+from pruners.model.surgery import keep_heads, remove_attention, remove_mlp
 from tests.conftest import images_for
 
 WIDE = {"embed_dim": 48, "patch_size": 4}  # 16 dims per head, twice the floor; 25 tokens

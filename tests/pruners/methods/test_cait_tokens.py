@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from pruners import Plan, PrunableViT, Step, cost_of, load_method
-from pruners.gates import LearningData
 from pruners.methods.cait_tokens import MergeNeighbours, feature_map
-from pruners.tokens import Tokens
+from pruners.model.gates import LearningData
+from pruners.model.tokens import Tokens
 from tests.conftest import VARIANTS, images_for
 
 LARGE = {"img_size": (48, 32), "depth": 4}  # 6 rows of 4 patches

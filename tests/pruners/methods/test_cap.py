@@ -8,11 +8,11 @@ import torch
 from pruners import Plan, PrunableViT, Step, cost_of, load_method
 from pruners.methods.cap import GreedyOBS, compensate, eliminate
 from pruners.methods.woodfisher import SimultaneousOBS
-from search.decode import ImageSpec
-from search.parquet import open_images
+from search.data.decode import ImageSpec
+from search.data.images import open_images
 
 B = 12
-SAMPLE = Path(__file__).parents[2] / "search" / "sample"
+SAMPLE = Path(__file__).parents[3] / "search" / "sample"
 
 
 def problems(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from pruners import PrunableViT, attention, cost_of, load_method
+from pruners import PrunableViT, cost_of, load_method
 from pruners.methods.dynamic_vit import Predictor
-from pruners.tokens import Tokens
+from pruners.model import attention
+from pruners.model.tokens import Tokens
 from tests.conftest import VARIANTS, images_for
 
 LARGE = {"img_size": (48, 32), "depth": 4}  # 24 patches, 6 rows of 4

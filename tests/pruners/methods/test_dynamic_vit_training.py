@@ -10,9 +10,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from pruners import PrunableViT, load_method
-from pruners.evaluation import evaluate
-from pruners.pruner import Thresholds
-from pruners.training import FineTuner, Recipe
+from pruners.families.pruner import Thresholds
+from pruners.training.evaluation import evaluate
+from pruners.training.fine_tune import FineTuner, Recipe
 from tests.conftest import TINY, images_for
 
 THREE = {"blocks.1.token": 0.3, "blocks.2.token": 0.3, "blocks.3.token": 0.3}

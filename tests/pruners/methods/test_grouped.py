@@ -147,10 +147,10 @@ def test_on_a_trained_vit_scores_rank_heads_like_ablation_does() -> None:
     from scipy.stats import spearmanr
 
     from pruners import PrunableViT
-    from search.decode import ImageSpec
-    from search.parquet import open_images
+    from search.data.decode import ImageSpec
+    from search.data.images import open_images
 
-    sample = Path(__file__).parents[2] / "search" / "sample"
+    sample = Path(__file__).parents[3] / "search" / "sample"
     spec = ImageSpec(
         size=(32, 32), channels=3, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
     )

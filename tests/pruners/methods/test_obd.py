@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pruners import load_method
-from pruners.diagonal import hutchinson
+from pruners.saliency.diagonal import hutchinson
 
 
 def test_negative_curvature_counts_as_none(tiny, batches) -> None:

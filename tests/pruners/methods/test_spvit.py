@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-import pruners.attention
+import pruners.model.attention
 from pruners import Plan, PrunableViT, Step, cost_of, load_method
 from pruners.methods.spvit import Selector
-from pruners.policy import PolicyLoss, ratio_loss
-from pruners.soft_tokens import package
-from pruners.tokens import Tokens, split_by_score, take_tokens
+from pruners.model.policy import PolicyLoss, ratio_loss
+from pruners.model.soft_tokens import package
+from pruners.model.tokens import Tokens, split_by_score, take_tokens
 from tests.conftest import VARIANTS, images_for
 
 TWO_STAGES = {"blocks.1.token": 0.3, "blocks.2.token": 0.5}
@@ -104,7 +104,7 @@ def masking_equals_gathering(vit: PrunableViT, stage=Selector.mask) -> None:
 def test_masked_training_equals_inference(
     variant: str, normalise: bool, tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pruners.attention, "POLICY_EPS", 0.0)
+    monkeypatch.setattr(pruners.model.attention, "POLICY_EPS", 0.0)
     vit = tiny(img_size=(48, 32), **VARIANTS[variant])
     with torch.no_grad():
         masking_equals_gathering(with_two_stages(vit, normalise_package=normalise))
@@ -128,7 +128,7 @@ def forgotten_policy(self: Selector, tokens: Tokens, keep: Tensor, decision: Ten
 @pytest.mark.parametrize("broken", [package_of_all_dropped, forgotten_policy])
 @torch.no_grad()
 def test_the_comparison_can_fail(broken, tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pruners.attention, "POLICY_EPS", 0.0)
+    monkeypatch.setattr(pruners.model.attention, "POLICY_EPS", 0.0)
     vit = with_two_stages(tiny(img_size=(48, 32)))
     with pytest.raises(AssertionError, match="not close"):
         masking_equals_gathering(vit, broken)
@@ -136,7 +136,7 @@ def test_the_comparison_can_fail(broken, tiny, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_model_runs_these_stages_itself(tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training draws, inference ranks; given the ranking's decision both are the same."""
-    monkeypatch.setattr(pruners.attention, "POLICY_EPS", 0.0)
+    monkeypatch.setattr(pruners.model.attention, "POLICY_EPS", 0.0)
     vit = with_two_stages(tiny(img_size=(48, 32)))
     expected = vit.eval()(images_for(vit))
     counts = iter([16, 8])

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from pruners import Plan, PrunableViT, Step, load_method
-from pruners.evaluation import evaluate
-from pruners.gates import LearningData
-from pruners.latency import LatencyTable
+from pruners.latency.phases import Rules, selector_blocks
+from pruners.latency.table import LatencyTable
 from pruners.methods.spvit import with_selectors
-from pruners.phases import Rules, selector_blocks
-from pruners.tokens import Tokens, split_by_score
-from pruners.training import FineTuner, Recipe
+from pruners.model.gates import LearningData
+from pruners.model.tokens import Tokens, split_by_score
+from pruners.training.evaluation import evaluate
+from pruners.training.fine_tune import FineTuner, Recipe
 from tests.conftest import images_for
 
 

@@ -10,9 +10,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from pruners import Plan, PrunableViT, Step, cost_of, load_method
-from pruners.attention import Attended
 from pruners.methods.tome import MergeSimilar, match
-from pruners.tokens import Tokens
+from pruners.model.attention import Attended
+from pruners.model.tokens import Tokens
 from tests.conftest import VARIANTS, images_for
 
 LARGE = {"img_size": (48, 32)}  # 24 patches

@@ -9,11 +9,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pruners import cost_of, load_method
-from pruners.gates import LearningData, run
-from pruners.surgery import keep_heads, remove_attention, remove_mlp
-from pruners.tokens import Tokens
-from pruners.training import distillation
-from pruners.vit import Block
+from pruners.model.gates import LearningData, run
+from pruners.model.surgery import keep_heads, remove_attention, remove_mlp
+from pruners.model.tokens import Tokens
+from pruners.model.vit import Block
+from pruners.training.fine_tune import distillation
 from tests.conftest import images_for
 
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pruners import PrunableViT, cost_of, load_method
-from pruners.allocation import same_share
-from pruners.gates import Gate, LearningData, remove_gates, run
+from pruners.families.allocation import same_share
 from pruners.methods.wdpruning import keep_highest, kept_count, ranks, remaining_weights
+from pruners.model.gates import Gate, LearningData, remove_gates, run
 from tests.conftest import VARIANTS, images_for
 
 Batches = list[tuple[Tensor, Tensor]]

@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pruners import cost_of, load_method
-from pruners.gates import LearningData, remove_gates, run
 from pruners.methods.x_pruner import second_difference
+from pruners.model.gates import LearningData, remove_gates, run
 from tests.conftest import images_for
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
 from pruners import PrunableViT
-from pruners.architecture import MOST_PER_STORED, build, check_size
+from pruners.model.architecture import MOST_PER_STORED, build, check_size
 from tests.conftest import TINY
 
 OUTSIDE = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "device")

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pruners import attention
-from pruners.attention import softmax_with_policy
+from pruners.model import attention
+from pruners.model.attention import softmax_with_policy
 
 
 def test_a_policy_of_ones_is_a_plain_softmax(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from pruners.gates import SLOTS, add_gates, fold_gates, hard, linear_macs, remove_gates
+from pruners.model.gates import SLOTS, add_gates, fold_gates, hard, linear_macs, remove_gates
 from tests.conftest import VARIANTS, images_for
 
 FOLDED = {"query": 24, "key": 24, "mixed": 24, "neuron": 96}

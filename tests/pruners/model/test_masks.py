@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pruners.masks import apply_masks, keep_highest, nonzero_mask
+from pruners.model.masks import apply_masks, keep_highest, nonzero_mask
 
 
 @given(values=st.lists(st.integers(-5, 5), min_size=6, max_size=6), kept=st.integers(0, 6))

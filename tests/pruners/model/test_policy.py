@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pruners.policy import PolicyLoss, draw_keeps, kept_tokens_loss, ratio_loss
-from pruners.tokens import Tokens
+from pruners.model.policy import PolicyLoss, draw_keeps, kept_tokens_loss, ratio_loss
+from pruners.model.tokens import Tokens
 
 FIRST = torch.tensor([[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0]])  # keeps 3/4 and 4/4
 SECOND = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 1.0, 0.0]])  # keeps 1/4 and 2/4

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pruners import ViTShape
-from pruners.shape import units_kept
+from pruners.model.shape import units_kept
 
 
 @given(units=st.integers(1, 5000), share=st.floats(0, 1))

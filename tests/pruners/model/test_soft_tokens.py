@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pruners.policy import draw_keeps
-from pruners.soft_tokens import HeadwiseClassifier, classifier_heads
+from pruners.model.policy import draw_keeps
+from pruners.model.soft_tokens import HeadwiseClassifier, classifier_heads
 
 
 def randomise(module: torch.nn.Module) -> None:

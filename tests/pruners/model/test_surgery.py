@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pruners import PrunableViT
-from pruners.surgery import (
+from pruners.model.surgery import (
     cut_to_shape,
     keep_attention_writes,
     keep_heads,

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from timm.models.vision_transformer import global_pool_nlc
 
-from pruners.tokens import patches_kept, split_by_score, weighted_pool
+from pruners.model.tokens import patches_kept, split_by_score, weighted_pool
 
 
 @given(patches=st.integers(1, 300), share=st.floats(0, 0.999))

@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pruners import load_method
-from pruners.curvature import block_size, gradient_chunks, layer_groups, update_inverse
-from pruners.gradients import sample_gradients
 from pruners.methods.mfac import MatrixFree
 from pruners.methods.woodfisher import SimultaneousOBS
+from pruners.saliency.curvature import block_size, gradient_chunks, layer_groups, update_inverse
+from pruners.saliency.gradients import sample_gradients
 
 M, R, B, DAMPING = 30, 4, 12, 0.05
 

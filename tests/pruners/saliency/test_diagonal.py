@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call, jacrev
 
-from pruners.diagonal import estimate_diagonal, hutchinson, sample_mean_squares
+from pruners.saliency.diagonal import estimate_diagonal, hutchinson, sample_mean_squares
 
 SITE = "blocks.1.attn.proj"
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call, grad, vmap
 
-from pruners.gradients import evaluating, sample_gradients
-from pruners.masks import keep_highest
+from pruners.model.masks import keep_highest
+from pruners.saliency.gradients import evaluating, sample_gradients
 
 
 def test_sample_gradients_equal_a_loop_over_images(tiny, batches) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pruners.evaluation import evaluate, images_per_second
+from pruners.training.evaluation import evaluate, images_per_second
 
 
 def test_evaluation_counts_every_image_once(tiny, batches) -> None:

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from pruners import Plan, PrunableViT, Step, load_method
-from pruners.evaluation import evaluate
-from pruners.tokens import Tokens
-from pruners.training import (
+from pruners.model.tokens import Tokens
+from pruners.training.evaluation import evaluate
+from pruners.training.fine_tune import (
     FineTuner,
     NonFiniteLossError,
     Recipe,

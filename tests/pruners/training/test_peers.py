@@ -12,8 +12,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from pruners.peers import PeerOutOfMemoryError, Peers
-from pruners.training import FineTuner, NonFiniteLossError, Recipe, TrainingLeftError
+from pruners.training.fine_tune import FineTuner, NonFiniteLossError, Recipe, TrainingLeftError
+from pruners.training.peers import PeerOutOfMemoryError, Peers
 from tests.conftest import build_tiny
 
 pytestmark = pytest.mark.slow

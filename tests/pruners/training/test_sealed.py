@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pruners.sealed import load_sealed, save_sealed
+from pruners.training.sealed import load_sealed, save_sealed
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search.augment import Epoch, Views, crop_and_flip, draw_views
+from search.data.augment import Epoch, Views, crop_and_flip, draw_views
 
 ROWS = np.arange(100_000)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from search.check import check
-from search.identity import identity, refuse_another
-from search.ledger import Ledger
-from search.sweep import SweepError
-from search.sweep_file import load_sweep
-from search.trial_data import open_split
+from search.data.fingerprint import identity
+from search.data.splits import open_split
+from search.records.ledger import Ledger, refuse_another
+from search.sweep.spec import SweepError
+from search.sweep.toml import load_sweep
 from tests.conftest import labelled, write_images
 
 

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from search.augment import Epoch
-from search.decode import ImageSpec
-from search.parquet import Images, open_images
-from search.shards import find_shards
+from search.data.augment import Epoch
+from search.data.decode import ImageSpec
+from search.data.images import Images, open_images
+from search.data.shards import find_shards
 from tests.conftest import png, random_pixels, write_images
 
 SPEC = ImageSpec(size=(24, 16), channels=3, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
@@ -317,7 +317,7 @@ def test_wrong_sources_are_named(tmp_path: Path) -> None:
         opened(broken, tmp_path, max_corrupt=5)
 
 
-SAMPLE = Path(__file__).parents[2] / "search" / "sample"
+SAMPLE = Path(__file__).parents[3] / "search" / "sample"
 
 
 def test_the_shipped_sample_is_disjoint_stratified_and_small() -> None:

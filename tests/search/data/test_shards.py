@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from search.shards import find_shards
+from search.data.shards import find_shards
 from tests.conftest import labelled, write_images
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from search.trial_data import mixed_seed
+from search.data.splits import mixed_seed
 
 
 def test_a_mixed_seed_depends_on_every_part_and_their_places() -> None:

@@ -14,10 +14,10 @@ import torch
 from filelock import FileLock
 
 from pruners import PrunableViT
-from search.augment import Epoch, crop_and_flip, draw_views
-from search.decode import ImageSpec
-from search.parquet import Images, open_images
-from search.teacher import PREFIX, Teacher, make_room, open_answers, weights_digest
+from search.data.augment import Epoch, crop_and_flip, draw_views
+from search.data.decode import ImageSpec
+from search.data.images import Images, open_images
+from search.data.teacher import PREFIX, Teacher, make_room, open_answers, weights_digest
 from tests.conftest import TINY, png, random_pixels, write_images
 
 SPEC = ImageSpec(size=(24, 16), channels=3, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pruners import Plan, PrunableViT, Step, load_method
-from pruners.evaluation import evaluate
-from pruners.learned import Learned
-from pruners.shared_weights import Subnet
-from pruners.training import NonFiniteLossError, Recipe, schedule_factor
+from pruners.families.learned import Learned
+from pruners.subnet import Subnet
+from pruners.training.evaluation import evaluate
+from pruners.training.fine_tune import NonFiniteLossError, Recipe, schedule_factor
 from search.check import check
-from search.elastic import (
+from search.data.splits import open_split
+from search.prepare.elastic import (
     FOLDER,
     ElasticStart,
     Sandwich,
@@ -27,9 +28,8 @@ from search.elastic import (
     tune_elastic,
     tune_once,
 )
-from search.sweep import Sweep, SweepFailedError
-from search.sweep_file import load_sweep
-from search.trial_data import open_split
+from search.sweep.spec import Sweep, SweepFailedError
+from search.sweep.toml import load_sweep
 
 GROUPED, EVIT, MAGNITUDE = (load_method(name) for name in ("grouped", "evit", "magnitude"))
 
@@ -347,7 +347,7 @@ def test_a_start_without_epochs_or_plans_is_refused() -> None:
 def test_a_ray_task_tunes_and_says_that_it_still_runs(
     sweep: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("search.elastic.HEARTBEAT_S", 0.05)
+    monkeypatch.setattr("search.prepare.elastic.HEARTBEAT_S", 0.05)
     dense, _ = check(sweep)
     heard: list[int] = []
     run = tune_elastic(sweep, dense, START, lambda: heard.append(1))

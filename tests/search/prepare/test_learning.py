@@ -11,16 +11,16 @@ import torch
 from mlflow.tracking import MlflowClient
 
 from pruners import Plan, PrunableViT, load_method
-from pruners.learned import Learned, LearnedPruner
-from pruners.pruner import method_names
+from pruners.families.learned import Learned, LearnedPruner
+from pruners.families.pruner import method_names
 from search.__main__ import main
 from search.check import check
-from search.learning import FOLDER, identity, learn_all, learn_once
-from search.mlflow_runs import local_uri
-from search.results import read_front, read_trials
-from search.sweep import SweepFailedError
-from search.sweep_file import load_sweep
-from search.trial_data import calibration_batches, open_split
+from search.data.splits import calibration_batches, open_split
+from search.prepare.learning import FOLDER, identity, learn_all, learn_once
+from search.records.files import read_front, read_trials
+from search.sweep.spec import SweepFailedError
+from search.sweep.toml import load_sweep
+from search.tracking.runs import local_uri
 
 QUICK = 'steps=[{method="x_pruner", mask_epochs=1, epochs=1}, {method="evit"}]'
 LEARNERS = [name for name in method_names() if isinstance(load_method(name), LearnedPruner)]
@@ -98,7 +98,7 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(
 
 @pytest.mark.usefixtures("ray_session")
 def test_what_is_still_learning_is_said(sweep_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("search.learning.HEARTBEAT_S", 0.05)
+    monkeypatch.setattr("search.prepare.learning.HEARTBEAT_S", 0.05)
     sweep = load_sweep(sweep_file, [QUICK])
     dense, space = check(sweep)
     runs, heard = [], []

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from search.digests import file_digest, json_digest, tensors_digest
+from search.records.digests import file_digest, json_digest, tensors_digest
 
 
 def test_a_files_digest_is_that_of_its_content(tmp_path: Path) -> None:

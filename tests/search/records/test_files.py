@@ -7,15 +7,9 @@ import os
 
 import pytest
 
-from search.results import (
-    Front,
-    TrialRecord,
-    build_front,
-    read_front,
-    read_trials,
-    write_front,
-    write_trials,
-)
+from search.records.files import read_front, read_trials, write_front, write_trials
+from search.records.front import Front, build_front
+from search.records.trial_record import TrialRecord
 
 
 def record(

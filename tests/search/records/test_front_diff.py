@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from search.change import change
-from search.results import Front, build_front
-from tests.search.test_results import DENSE, record
+from search.records.front import Front, build_front
+from search.records.front_diff import change
+from tests.search.records.test_files import DENSE, record
 
 
 def front_of(*points: tuple[str, float, float], cost: str = "effective_gmacs") -> Front:

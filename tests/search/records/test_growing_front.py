@@ -5,9 +5,10 @@ import math
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search.growing_front import GrowingFront
-from search.results import TrialRecord, build_front
-from tests.search.test_results import DENSE, record
+from search.records.front import build_front
+from search.records.growing_front import GrowingFront
+from search.records.trial_record import TrialRecord
+from tests.search.records.test_files import DENSE, record
 
 # Few values, so that points are often equal, or equal in one objective.
 COSTS, TOPS = st.sampled_from([0.3, 0.4, 0.5, 0.6]), st.sampled_from([50.0, 60.0, 70.0, math.nan])

@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from search.growth import growth
-from search.results import build_front
-from tests.search.test_results import DENSE, record
+from search.records.front import build_front
+from search.records.growing_front import growth
+from tests.search.records.test_files import DENSE, record
 
 
 def test_closed_form() -> None:

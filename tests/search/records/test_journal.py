@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from search.journal import Journal
+from search.records.journal import Journal
 
 VALUES = st.one_of(st.text(), st.integers(), st.floats(allow_nan=False), st.booleans())
 LINES = st.lists(

@@ -14,16 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from search import lease
-from search.lease import Attempt, check_attempt, hold, newest
-from search.sweep import SweepError, SweepFailedError
+from search.records import lease
+from search.records.lease import Attempt, check_attempt, hold, newest
+from search.sweep.spec import SweepError, SweepFailedError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from search.lease import hold
+from search.records.lease import hold
 with hold(Path(sys.argv[1]), print) as lease:
     print("held", flush=True)
     time.sleep(60)

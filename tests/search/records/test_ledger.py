@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from search.journal import Journal
-from search.ledger import METRICS, Ledger, new_record
-from search.sweep import Sweep
-from search.sweep_file import load_sweep
+from search.records.journal import Journal
+from search.records.ledger import METRICS, Ledger, new_record
+from search.sweep.spec import Sweep
+from search.sweep.toml import load_sweep
 from tests.search.test_recorder import DENSE, Clock, result, trial_of
 
 

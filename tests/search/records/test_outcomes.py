@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from search.ends import Reason, counts, reasons
-from tests.search.test_results import DENSE, record
+from search.records.outcomes import Reason, counts, reasons
+from tests.search.records.test_files import DENSE, record
 
 RECORDS = [
     DENSE,

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search import pareto
+from search.records import pareto
 
 numbers = st.integers(0, 6).map(float)
 points = st.lists(st.tuples(numbers, numbers), min_size=0, max_size=12)

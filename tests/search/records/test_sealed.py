@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search.sealed import DAMAGE, read_sealed, sealed
+from search.records.digests import DAMAGE, read_sealed, sealed
 
 VALUES = {"loss": 0.1, "digests": {"a": "1"}, "results": [1, None]}
 

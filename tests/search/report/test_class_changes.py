@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from search.class_changes import class_changes, draw_classes, label
-from search.drawing import write_png
-from search.results import Front, build_front
-from tests.search.test_results import DENSE, record
+from search.records.front import Front, build_front
+from search.report.class_changes import class_changes, draw_classes, label
+from search.report.drawing import write_png
+from tests.search.records.test_files import DENSE, record
 
 
 def front_of(

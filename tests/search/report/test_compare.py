@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 from search.__main__ import main
-from search.compare import (
+from search.records.files import write_front
+from search.records.front import build_front
+from search.records.trial_record import TrialRecord
+from search.report.compare import (
     COLUMNS,
     fronts_figure,
     print_comparison,
@@ -14,8 +17,7 @@ from search.compare import (
     rows,
     write_comparison,
 )
-from search.results import TrialRecord, build_front, write_front
-from tests.search.test_results import DENSE, record
+from tests.search.records.test_files import DENSE, record
 
 
 def written(

@@ -8,8 +8,8 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from search.drawing import INK, PALE, blank, plain, spread, svg, write_png
-from tests.search.test_results import record
+from search.report.drawing import INK, PALE, blank, plain, spread, svg, write_png
+from tests.search.records.test_files import record
 
 
 @pytest.fixture

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 from plotly.offline import get_plotlyjs
 
-from search.front_plot import front_figure, front_html
-from search.results import build_front
-from tests.search.test_results import DENSE, record
+from search.records.front import build_front
+from search.report.front_plot import front_figure, front_html
+from tests.search.records.test_files import DENSE, record
 
 RECORDS = [
     DENSE,

@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from search.gallery import gallery
-from search.results import build_front
-from tests.search.test_mlflow_runs import SHAPE
-from tests.search.test_results import DENSE, record
+from search.records.front import build_front
+from search.report.gallery import gallery
+from tests.search.records.test_files import DENSE, record
+from tests.search.tracking.test_runs import SHAPE
 
 
 def test_classes_are_drawn_where_they_are_known() -> None:

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from pruners import Plan, Step, load_method
-from search.drawing import write_png
-from search.kept import MOST, PANELS, draw_kept, draw_plan, kept_shares
-from search.results import Front, build_front
-from tests.search.test_results import DENSE, record
+from search.records.front import Front, build_front
+from search.report.drawing import write_png
+from search.report.kept import MOST, PANELS, draw_kept, draw_plan, kept_shares
+from tests.search.records.test_files import DENSE, record
 
 
 @pytest.fixture

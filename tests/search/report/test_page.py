@@ -5,8 +5,8 @@ import pytest
 from jinja2 import UndefinedError
 from markupsafe import Markup
 
-from search.drawing import blank
-from search.page import interactive, page, still
+from search.report.drawing import blank
+from search.report.page import interactive, page, still
 
 TEMPLATE = '{% extends "frame" %}{% block body %}<p>{{ word }}</p>{% endblock %}'
 

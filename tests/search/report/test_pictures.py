@@ -7,16 +7,17 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from search.drawing import write_png
-from search.pictures import (
+from search.records.front import Front, build_front
+from search.records.trial_record import TrialRecord
+from search.report.drawing import write_png
+from search.report.pictures import (
     draw_front,
     draw_fronts,
     draw_growth,
     draw_methods,
     fronts_by_methods,
 )
-from search.results import Front, TrialRecord, build_front
-from tests.search.test_results import DENSE, record
+from tests.search.records.test_files import DENSE, record
 
 
 def sweep(members: int) -> tuple[Front, list[TrialRecord]]:

@@ -5,9 +5,9 @@ import io
 
 import pytest
 
-from search.progress import Progress, duration, front_line, front_table, trial_line
-from search.results import build_front
-from tests.search.test_results import DENSE, record
+from search.records.front import build_front
+from search.report.progress import Progress, duration, front_line, front_table, trial_line
+from tests.search.records.test_files import DENSE, record
 
 
 class Clock:

@@ -9,14 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from pruners.learned import Learned
+from pruners.families.learned import Learned
 from search.__main__ import main
-from search.journal import Journal
-from search.ledger import LEDGER
-from search.report import masks_by_class, write_report
-from search.results import DONE, build_front, write_front, write_trials
-from tests.search.test_mlflow_runs import SHAPE
-from tests.search.test_results import DENSE, record
+from search.records.files import DONE, write_front, write_trials
+from search.records.front import build_front
+from search.records.journal import Journal
+from search.records.ledger import LEDGER
+from search.report.report import masks_by_class, write_report
+from tests.search.records.test_files import DENSE, record
+from tests.search.tracking.test_runs import SHAPE
 
 RECORDS = [
     dataclasses.replace(DENSE, shape=SHAPE, by_class=[80.0, 90.0, None]),

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from search.drawing import write_png
-from search.units_by_class import binned, by_class_served, draw_units
+from search.report.drawing import write_png
+from search.report.units_by_class import binned, by_class_served, draw_units
 
 
 def test_bins_are_means() -> None:

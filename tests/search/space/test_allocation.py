@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pruners import cost_of, load_method
-from search.own import GRID, everything, own_shares
+from search.space.allocation import GRID, everything, own_shares
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pruners import Plan
-from search.meet import CLOSE, TOLERANCE, meet
+from search.space.budget import CLOSE, TOLERANCE, meet
 
 COARSE, FINE = ("a", "coarse"), ("a", "fine")
 

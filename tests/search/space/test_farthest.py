@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search.farthest import farthest_first
+from search.space.farthest import farthest_first
 
 
 @settings(max_examples=60, deadline=None)

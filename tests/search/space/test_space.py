@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from pruners import cost_of, load_method
-from search.own import own_shares
-from search.space import OutOfReachError, Space
-from search.space_step import Rung
-from search.sweep import SweepError
-from search.sweep_file import load_sweep
+from search.space.allocation import own_shares
+from search.space.space import OutOfReachError, Space
+from search.space.step import Rung
+from search.sweep.spec import SweepError
+from search.sweep.toml import load_sweep
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 

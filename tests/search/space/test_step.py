@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pruners import load_method
-from search.own import OwnShares
-from search.space_step import (
+from search.space.allocation import OwnShares
+from search.space.step import (
     ABSENT,
     SITE_DEVIATION,
     SPREAD,
@@ -19,7 +19,7 @@ from search.space_step import (
     refined,
     space_step,
 )
-from search.sweep import StepSpec, SweepError
+from search.sweep.spec import StepSpec, SweepError
 
 NEURON = "blocks.1.mlp.neuron"
 

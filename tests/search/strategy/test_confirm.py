@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pruners import Plan
-from search.again import standard_error, to_confirm, to_train_long
-from search.proposer import Told
-from search.space import Proposal
+from search.space.space import Proposal
+from search.strategy.confirm import standard_error, to_confirm, to_train_long
+from search.strategy.proposer import Told
 
 # Few different values, so that points coincide, share a cost, or share a gap.
 POINTS = st.lists(

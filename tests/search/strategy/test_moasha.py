@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
-from search.moasha import MoAsha, Rung
-from search.pareto import front, hypervolume
-from search.rungs import Floats, bracket_of
+from search.records.pareto import front, hypervolume
+from search.strategy.moasha import MoAsha, Rung
+from search.strategy.rungs import Floats, bracket_of
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
 
 

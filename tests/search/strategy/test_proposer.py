@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 from pruners import ViTShape, cost_of, load_method
-from search import pareto
-from search.own import own_shares
-from search.proposer import Proposer, Told
-from search.space import Proposal, Space
-from search.space_step import Rung
-from search.sweep import Sweep, SweepFailedError
+from search.records import pareto
+from search.space.allocation import own_shares
+from search.space.space import Proposal, Space
+from search.space.step import Rung
+from search.strategy.proposer import Proposer, Told
+from search.sweep.spec import Sweep, SweepFailedError
 
 PAIR: list[dict[str, Any]] = [{"method": "grouped"}, {"method": "magnitude"}]
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search.rungs import (
+from search.strategy.rungs import (
     BAND,
     Floats,
     bracket_of,

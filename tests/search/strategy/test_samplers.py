@@ -17,8 +17,8 @@ from optuna.samplers import (
 )
 from optuna.trial import TrialState
 
-from search.samplers import POPULATION, TPE_TRIALS, make_sampler
-from search.sweep import Sweep
+from search.strategy.samplers import POPULATION, TPE_TRIALS, make_sampler
+from search.sweep.spec import Sweep
 
 CLASSES = {
     "gp": GPSampler,

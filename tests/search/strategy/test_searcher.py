@@ -13,12 +13,12 @@ import pytest
 from optuna.trial import TrialState
 
 from pruners import Plan
-from search.again import standard_error, to_confirm, to_train_long
-from search.journal import Journal
-from search.ledger import METRICS, Ledger
-from search.searcher import PlanSearcher
-from search.space import Space
-from search.sweep import Sweep, SweepError, SweepFailedError
+from search.records.journal import Journal
+from search.records.ledger import METRICS, Ledger
+from search.space.space import Space
+from search.strategy.confirm import standard_error, to_confirm, to_train_long
+from search.strategy.searcher import PlanSearcher
+from search.sweep.spec import Sweep, SweepError, SweepFailedError
 
 PHASES = {"confirm": 2, "final_epochs": 5}
 

@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 
 from pruners import Plan
-from search.proposer import Told
-from search.space import Proposal
-from search.stopping import why_stop
-from search.sweep import Sweep
+from search.space.space import Proposal
+from search.strategy.proposer import Told
+from search.strategy.stopping import why_stop
+from search.sweep.spec import Sweep
 
 
 def sweep_with(**changes: Any) -> Sweep:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from search.milestones import milestones
+from search.sweep.milestones import milestones
 
 
 @pytest.mark.parametrize(

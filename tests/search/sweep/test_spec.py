@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from search.sweep import SweepError
-from search.sweep_file import load_sweep
-from search.sweep_toml import sweep_toml
+from search.sweep.spec import SweepError
+from search.sweep.toml import load_sweep, sweep_toml
 
 
 def test_defaults(minimal: Path) -> None:

@@ -8,12 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search.sweep import Sweep, SweepError
-from search.sweep_file import check_files, load_sweep
-from search.sweep_toml import sweep_toml
+from search.sweep.spec import Sweep, SweepError
+from search.sweep.toml import check_files, load_sweep, sweep_toml
 from tests.search.conftest import MINIMAL
 
-SWEEPS = Path(__file__).parents[2] / "search" / "sweeps"
+SWEEPS = Path(__file__).parents[3] / "search" / "sweeps"
 
 
 @pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.toml")), ids=lambda p: p.stem)
@@ -25,7 +24,7 @@ def test_shipped_sweeps_are_right(path: Path) -> None:
 
 def test_neither_torch_nor_ray_is_imported() -> None:
     code = (
-        "import sys, search.sweep_file;"
+        "import sys, search.sweep.toml;"
         "print(sorted({'torch', 'ray', 'timm', 'mlflow', 'pruners'} & set(sys.modules)))"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

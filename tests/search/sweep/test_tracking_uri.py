@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from search.tracking_uri import artifacts_beside
+from search.sweep.tracking_uri import artifacts_beside
 
 
 def test_artifacts_lie_beside_a_sqlite_file(tmp_path: Path) -> None:

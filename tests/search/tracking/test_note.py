@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from search.note import LONGEST, about_sweep, note
-from search.results import build_front
-from search.sweep_file import load_sweep
-from tests.search.test_results import DENSE, record
+from search.records.front import build_front
+from search.sweep.toml import load_sweep
+from search.tracking.note import LONGEST, about_sweep, note
+from tests.search.records.test_files import DENSE, record
 
 
 def rows_below(text: str, header: str) -> list[str]:

@@ -10,14 +10,15 @@ import torch
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from pruners.learned import Learned
-from search.journal import Journal
-from search.ledger import LEDGER
-from search.mlflow_runs import local_uri
-from search.parent_page import ParentPage
-from search.results import Front, TrialRecord, build_front
-from tests.search.test_mlflow_runs import SHAPE, tracked
-from tests.search.test_results import DENSE, record
+from pruners.families.learned import Learned
+from search.records.front import Front, build_front
+from search.records.journal import Journal
+from search.records.ledger import LEDGER
+from search.records.trial_record import TrialRecord
+from search.tracking.parent_page import ParentPage
+from search.tracking.runs import local_uri
+from tests.search.records.test_files import DENSE, record
+from tests.search.tracking.test_runs import SHAPE, tracked
 
 
 @pytest.fixture
@@ -44,8 +45,8 @@ def test_the_note_follows_each_trial_and_pictures_now_and_then(
         now[0] += 10.0
         return ""
 
-    monkeypatch.setattr("search.parent_page.front_html", slowly)
-    monkeypatch.setattr("search.parent_page.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("search.tracking.parent_page.front_html", slowly)
+    monkeypatch.setattr("search.tracking.parent_page.time.monotonic", lambda: now[0])
     records = [dataclasses.replace(DENSE, shape=SHAPE)]
     for number, later in enumerate((0.0, 100.0, 89.0, 2.0), 1):
         now[0] += later

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from search.__main__ import main
-from search.promote import tracking_uri
+from search.tracking.promote import tracking_uri
 from tests.cluster.conftest import BIN, free_port
 from tests.search.conftest import Made
-from tests.search.test_registry import Sweep, World
+from tests.search.tracking.test_registry import Sweep, World
 
 
 @pytest.fixture(scope="module")

@@ -13,21 +13,22 @@ import pytest
 from mlflow.artifacts import download_artifacts
 from mlflow.tracking import MlflowClient
 
-from search import tracking
-from search.digests import directory_digest
-from search.journal import Journal
-from search.mlflow_runs import SweepRuns
-from search.registry import Registration
-from search.results import TrialRecord, build_front
-from search.served import Served
-from search.sweep import alias_of
-from search.tracking import Tracker
-from tests.search import test_results
-from tests.search.test_mlflow_runs import SHAPE, TINY_SHAPE, asked, log, tracked
-from tests.search.test_results import record
-from tests.search.test_tracking import flaky
+from search.records.digests import directory_digest
+from search.records.front import build_front
+from search.records.journal import Journal
+from search.records.trial_record import TrialRecord
+from search.sweep.spec import alias_of
+from search.tracking import tracker as tracker_module
+from search.tracking.registry import Registration
+from search.tracking.runs import SweepRuns
+from search.tracking.served import Served
+from search.tracking.tracker import Tracker
+from tests.search.records import test_files
+from tests.search.records.test_files import record
+from tests.search.tracking.test_runs import SHAPE, TINY_SHAPE, asked, log, tracked
+from tests.search.tracking.test_tracker import flaky
 
-DENSE = dataclasses.replace(test_results.DENSE, shape=SHAPE, test_top1=79.0)
+DENSE = dataclasses.replace(test_files.DENSE, shape=SHAPE, test_top1=79.0)
 DIGESTS = {"model": "aa", "data.train": "tt", "data.val": "vv", "data.test": "ee"}
 
 
@@ -243,7 +244,7 @@ def test_what_mlflow_refuses_is_tried_again(
     after: bool, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("FIRST_PAUSE_S", "LONGEST_PAUSE_S", "POLL_S"):
-        monkeypatch.setattr(tracking, name, 0.001)
+        monkeypatch.setattr(tracker_module, name, 0.001)
     sweep = world.sweep(*THREE)
     client = sweep.runs.client
     for method in (

@@ -12,12 +12,13 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from search.ledger import METRICS
-from search.mlflow_runs import SweepRuns, local_uri, trial_params, ui_command
-from search.results import TrialRecord, build_front
-from search.sweep import Budget, DataSpec, ModelSpec, StepSpec, Sweep, SweepError
+from search.records.front import build_front
+from search.records.ledger import METRICS
+from search.records.trial_record import TrialRecord
+from search.sweep.spec import Budget, DataSpec, ModelSpec, StepSpec, Sweep, SweepError
+from search.tracking.runs import SweepRuns, local_uri, trial_params, ui_command
 from tests.conftest import build_tiny
-from tests.search.test_results import DENSE, record
+from tests.search.records.test_files import DENSE, record
 
 TINY_SHAPE = build_tiny().shape()
 SHAPE = TINY_SHAPE.to_json()

@@ -15,10 +15,10 @@ from mlflow.models import Model
 from pruners import PrunableViT
 from search import served as module
 from search.check import check
-from search.digests import directory_digest
-from search.served import Served, make_served
-from search.sweep import Sweep
-from search.trial_data import open_split
+from search.data.splits import open_split
+from search.records.digests import directory_digest
+from search.sweep.spec import Sweep
+from search.tracking.served import Served, make_served
 from tests.search.conftest import Made
 
 DIGESTS = {"model": "aa", "data.val": "bb"}

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import ray
 
-from search.results import build_front
-from search.serving import served_models, start_serving
-from search.sweep import SweepFailedError
+from search.records.front import build_front
+from search.sweep.spec import SweepFailedError
+from search.tracking.serving import served_models, start_serving
 from tests.search.conftest import Made
-from tests.search.test_results import DENSE
+from tests.search.records.test_files import DENSE
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 from mlflow.exceptions import MlflowException
 
-from search import tracking
-from search.journal import Journal
-from search.mlflow_runs import SweepRuns
-from search.results import build_front
-from search.sweep import SweepFailedError
-from search.tracking import Tracker
-from tests.search import test_results
-from tests.search.test_mlflow_runs import SHAPE, asked, ended, epoch, opened
-from tests.search.test_results import record
+from search.records.front import build_front
+from search.records.journal import Journal
+from search.sweep.spec import SweepFailedError
+from search.tracking import tracker as tracker_module
+from search.tracking.runs import SweepRuns
+from search.tracking.tracker import Tracker
+from tests.search.records import test_files
+from tests.search.records.test_files import record
+from tests.search.tracking.test_runs import SHAPE, asked, ended, epoch, opened
 
-DENSE = dataclasses.replace(test_results.DENSE, shape=SHAPE)
+DENSE = dataclasses.replace(test_files.DENSE, shape=SHAPE)
 FIRST = record("0001", 0.6, 60.0, shape=SHAPE)
 FRONT = build_front([DENSE, FIRST], "effective_gmacs")
 EVENTS = [
@@ -37,7 +37,7 @@ EVENTS = [
 @pytest.fixture
 def tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tracker]:
     for name in ("FIRST_PAUSE_S", "LONGEST_PAUSE_S", "POLL_S"):
-        monkeypatch.setattr(tracking, name, 0.01)
+        monkeypatch.setattr(tracker_module, name, 0.01)
     one = Tracker(opened(tmp_path), Journal(tmp_path / "ledger.jsonl"))
     yield one
     one.close()

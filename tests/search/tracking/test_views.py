@@ -4,10 +4,10 @@ import base64
 import json
 import zlib
 
-from search.ledger import METRICS
-from search.mlflow_runs import trial_params
-from search.mlflow_views import COLUMNS, FRONT, TRIALS, view_address, view_tags
-from tests.search.test_results import record
+from search.records.ledger import METRICS
+from search.tracking.runs import trial_params
+from search.tracking.views import COLUMNS, FRONT, TRIALS, view_address, view_tags
+from tests.search.records.test_files import record
 
 
 def test_views_show_what_is_logged() -> None:

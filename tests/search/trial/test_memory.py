@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from search.memory import is_out_of_memory
+from search.trial.memory import is_out_of_memory
 
 
 def test_main_memory() -> None:

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from pruners import load_method
-from search.node_model import pack, unpack
-from search.sweep_file import load_sweep
-from search.trial_inputs import TrialInputs
+from search.sweep.toml import load_sweep
+from search.trial.inputs import TrialInputs, pack, unpack
 from tests.conftest import VARIANTS, images_for
 
 

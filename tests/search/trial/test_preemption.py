@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from search import notice
-from search.notice import Notice, node_is_drained
+from search.trial import preemption
+from search.trial.preemption import Notice, node_is_drained
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_sigterm_is_noticed_only_where_it_is_heeded() -> None:
@@ -28,7 +28,7 @@ def test_sigterm_is_noticed_only_where_it_is_heeded() -> None:
 def test_elsewhere_sigterm_ends_a_process() -> None:
     program = """
 import os, signal
-from search.notice import Notice
+from search.trial.preemption import Notice
 told = Notice()
 with told.heeded():
     os.kill(os.getpid(), signal.SIGTERM)
@@ -66,12 +66,12 @@ def test_the_node_is_asked_for_now_and_then(monkeypatch: pytest.MonkeyPatch) -> 
         asked.append(1)
         return drained
 
-    monkeypatch.setattr(notice, "node_is_drained", ask)
+    monkeypatch.setattr(preemption, "node_is_drained", ask)
     told = Notice()
     for _ in range(100):
         assert not told.given()
     assert len(asked) == 0
-    monkeypatch.setattr(notice, "LOOK_S", 0.0)
+    monkeypatch.setattr(preemption, "LOOK_S", 0.0)
     assert not told.given()
     drained = True
     assert told.given()

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from ray.exceptions import RayTaskError
 
-from search.notice import ToldToEndError
-from search.retries import Retries
+from search.trial.preemption import ToldToEndError
+from search.trial.retries import Retries
 
 DIED = "The actor died unexpectedly before finishing this task.\nWorker exit type: SYSTEM_ERROR"
 

@@ -10,22 +10,23 @@ import numpy as np
 import pytest
 import torch
 
-import search.trial_data
+import search.data.splits
 from pruners import PrunableViT, ViTShape
-from pruners.evaluation import evaluate
-from pruners.training import FineTuner, NonFiniteLossError
+from pruners.training.evaluation import evaluate
+from pruners.training.fine_tune import FineTuner, NonFiniteLossError
 from search.check import check
-from search.ledger import Ledger
-from search.notice import ToldToEndError
-from search.parquet import Images
-from search.searcher import PlanSearcher
-from search.sweep import Sweep
-from search.sweep_file import load_sweep
-from search.teacher import PREFIX, Teacher
-from search.trial import PlanTrial
-from search.trial_data import measure_on_test, open_split, trial_device
-from search.trial_files import model_path
-from search.trial_inputs import TrialInputs
+from search.data.images import Images
+from search.data.splits import open_split, trial_device
+from search.data.teacher import PREFIX, Teacher
+from search.records.ledger import Ledger
+from search.records.trial_record import model_path
+from search.strategy.searcher import PlanSearcher
+from search.sweep.spec import Sweep
+from search.sweep.toml import load_sweep
+from search.trial.inputs import TrialInputs
+from search.trial.measure_on_test import measure_on_test
+from search.trial.preemption import ToldToEndError
+from search.trial.trial import PlanTrial
 
 COUNTER = itertools.count()
 
@@ -486,13 +487,13 @@ def test_scoring_reads_its_images_once_and_only_when_asked(
     sweep_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = []
-    calibration_batches = search.trial_data.calibration_batches
+    calibration_batches = search.data.splits.calibration_batches
 
     def noting(*args):
         read.append(args)
         return calibration_batches(*args)
 
-    monkeypatch.setattr("search.trial_data.calibration_batches", noting)
+    monkeypatch.setattr("search.data.splits.calibration_batches", noting)
     plans = {
         method: json.dumps(
             {"steps": [{"method": method, "options": {}, "thresholds": {site: 0.5}}]}

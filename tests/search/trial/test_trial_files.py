@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from pruners import PrunableViT
-from search.digests import json_digest
-from search.sweep import SweepFailedError
-from search.trial_files import DECISIVE, TrialFiles, check_model, model_path
+from search.records.digests import json_digest
+from search.records.trial_record import model_path
+from search.sweep.spec import SweepFailedError
+from search.trial.trial_files import DECISIVE, TrialFiles, check_model
 
 CONFIG = {
     "trial": "0007",

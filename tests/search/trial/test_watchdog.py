@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from search.hang import ends_if_hung, has_hung
+from search.trial.watchdog import ends_if_hung, has_hung
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 HANGS = """
 import sys, time
 from pathlib import Path
-from search.hang import ends_if_hung
+from search.trial.watchdog import ends_if_hung
 
 def stuck():
     {how}

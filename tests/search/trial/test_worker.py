@@ -11,17 +11,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pruners.peers import Peers
-from pruners.training import FineTuner
+from pruners.training.fine_tune import FineTuner
+from pruners.training.peers import Peers
 from search import member as together
-from search.ledger import Ledger
-from search.member import Member
-from search.memory import is_out_of_memory
-from search.notice import ToldToEndError
-from search.searcher import PlanSearcher
-from search.sweep_file import load_sweep
-from search.trial import PlanTrial
-from search.trial_inputs import TrialInputs
+from search.records.ledger import Ledger
+from search.strategy.searcher import PlanSearcher
+from search.sweep.toml import load_sweep
+from search.trial.inputs import TrialInputs
+from search.trial.memory import is_out_of_memory
+from search.trial.preemption import ToldToEndError
+from search.trial.trial import PlanTrial
+from search.trial.worker import Member
 from tests.conftest import write_sweep
 
 pytestmark = pytest.mark.slow
