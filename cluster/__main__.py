@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from cluster.connection import Address
 from cluster.jobs import LIVE, JobExistsError, Jobs
-from search.sweep.spec import SweepError
+from search.sweep import SweepError
 
 if TYPE_CHECKING:
     from cluster.schedules import Schedule

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from search.sweep.spec import SweepError
+from search.sweep import SweepError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient

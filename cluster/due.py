@@ -26,8 +26,7 @@ from cluster.schedules import (
 )
 from cluster.slots import Slots
 from cluster.upload import refuse_what_stays_behind
-from search.sweep.spec import SweepError
-from search.sweep.toml import load_sweep
+from search.sweep import SweepError, load_sweep
 
 MOST_ROWS = 50
 """Slots of a schedule that are printed."""

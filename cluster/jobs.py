@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.connection import Address, ClusterError
 from cluster.upload import ROOT, SWEEP, refuse_what_stays_behind, stage
-from search.sweep.spec import PASSWORD, SweepError
-from search.sweep.toml import load_sweep
+from search.sweep import PASSWORD, SweepError, load_sweep
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails

@@ -24,8 +24,7 @@ from typing import Literal
 from cronsim import CronSim, CronSimError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from search.sweep.spec import SweepError
-from search.sweep.toml import problem_line
+from search.sweep import SweepError, problem_line
 
 GRACE = timedelta(minutes=10)
 """Age up to which a slot is on time."""

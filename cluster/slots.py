@@ -22,8 +22,7 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
 from cluster.schedules import Claim, Record, Schedule, run_name, stamp, unstamp
-from search.sweep.spec import PASSWORD, SweepError
-from search.sweep.tracking_uri import SQLITE, artifacts_beside, sqlite_file
+from search.sweep import PASSWORD, SQLITE, SweepError, artifacts_beside, sqlite_file
 
 TAG = "prunefront."
 """What the tags of a slot's experiment begin with."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from search.sweep.spec import Sweep, SweepError
+from search.sweep import Sweep, SweepError
 
 ROOT = Path(__file__).resolve().parent.parent
 """Folder that holds the packages."""

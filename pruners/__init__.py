@@ -10,8 +10,8 @@
 from pruners.families.pruner import Pruner, load_method, method_names
 from pruners.model.cost import Cost, cost_of
 from pruners.model.shape import BlockShape, ViTShape
-from pruners.model.vit import PrunableViT
 from pruners.plan import Plan, Step
+from pruners.prunable_vit import PrunableViT
 
 __all__ = [
     "BlockShape",

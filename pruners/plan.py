@@ -8,9 +8,10 @@ from statistics import fmean
 from typing import Any, Self
 
 from pruners.families.learned import Learned, LearnedPruner
-from pruners.families.pruner import FAMILIES, Batches, Pruner, Thresholds, load_method
+from pruners.families.pruner import FAMILIES, Pruner, load_method
 from pruners.model.shape import ViTShape
-from pruners.model.vit import PrunableViT
+from pruners.model.types import Batches, Thresholds
+from pruners.model.vit import ViT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ class Plan:
 
     def apply(
         self,
-        vit: PrunableViT,
+        vit: ViT,
         batches: Batches = (),
         learned: Learned | None = None,
     ) -> None:
@@ -104,7 +105,7 @@ class Plan:
             if vit.shape() != target:
                 raise AssertionError(f"{step.describe()} made another shape than it predicted")
 
-    def ramp(self, vit: PrunableViT, batches: Batches, epoch: int) -> None:
+    def ramp(self, vit: ViT, batches: Batches, epoch: int) -> None:
         """Cut further before fine-tuning epoch 1, 2, ..., where a step is ramped over epochs."""
         for step in self._active():
             before = step.pruner.ramped(step.thresholds, epoch - 1)

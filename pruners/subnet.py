@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from pruners.families.learned import Learned, LearnedPruner
-from pruners.families.pruner import Batches, Pruner, Scores
+from pruners.families.pruner import Pruner
 from pruners.model.attention import Attention
 from pruners.model.shape import BlockShape, ViTShape
 from pruners.model.sites import RAGGED, ragged_site
-from pruners.model.vit import PrunableViT
+from pruners.model.types import Batches, Scores
+from pruners.model.vit import ViT
 from pruners.plan import Plan
 
 
@@ -51,7 +52,7 @@ class Subnet:
         vit: The smaller model, in the dense model's mode. Its weights are copies.
     """
 
-    def __init__(self, dense: PrunableViT, plan: Plan, scores: Mapping[Pruner, Scores]) -> None:
+    def __init__(self, dense: ViT, plan: Plan, scores: Mapping[Pruner, Scores]) -> None:
         """Cut a plan out of a dense model, which is left as it was.
 
         Args:
@@ -102,7 +103,7 @@ class Subnet:
 
 
 def shared_scores(
-    dense: PrunableViT,
+    dense: ViT,
     plans: Iterable[Plan],
     batches: Batches,
     learned: Mapping[Pruner, Learned],
@@ -140,7 +141,7 @@ def shared_scores(
     return scores
 
 
-def _refuse_changed_weights(subnet: Subnet, cut: PrunableViT, pruner: Pruner) -> None:
+def _refuse_changed_weights(subnet: Subnet, cut: ViT, pruner: Pruner) -> None:
     """Refuse a method whose models, cut as in a trial, have other weights than its subnets."""
     shared = dict(subnet.vit.named_parameters())
     for name, after in cut.named_parameters():
@@ -157,7 +158,7 @@ def _refuse_changed_weights(subnet: Subnet, cut: PrunableViT, pruner: Pruner) ->
             )
 
 
-def _numbered(dense: PrunableViT) -> PrunableViT:
+def _numbered(dense: ViT) -> ViT:
     """Copy a model; each parameter holds 1, 2, ... in float64, exact up to 2^53."""
     memo: dict[int, object] = {}
     for parameter in dense.parameters():
@@ -167,7 +168,7 @@ def _numbered(dense: PrunableViT) -> PrunableViT:
     return copy.deepcopy(dense, memo)
 
 
-def _part(vit: PrunableViT, name: str, numbers: Tensor, whole: nn.Parameter) -> _Part:
+def _part(vit: ViT, name: str, numbers: Tensor, whole: nn.Parameter) -> _Part:
     """Put a parameter in the place of its numbers."""
     empty = torch.empty(numbers.shape, dtype=whole.dtype, device=whole.device)
     part = nn.Parameter(empty, requires_grad=whole.requires_grad)
@@ -178,9 +179,7 @@ def _part(vit: PrunableViT, name: str, numbers: Tensor, whole: nn.Parameter) -> 
     return _Part(whole, part, positions, zeros if bool(zeros.any()) else None)
 
 
-def _refuse_new_parameters(
-    vit: PrunableViT, own: Mapping[str, nn.Parameter], pruner: Pruner
-) -> None:
+def _refuse_new_parameters(vit: ViT, own: Mapping[str, nn.Parameter], pruner: Pruner) -> None:
     for name, _ in vit.named_parameters():
         if name not in own:
             raise ValueError(
@@ -192,7 +191,7 @@ def _refuse_new_parameters(
 def _scores_left(
     pruner: Pruner,
     scores: Mapping[Pruner, Scores],
-    vit: PrunableViT,
+    vit: ViT,
     dense: ViTShape | None,
 ) -> Scores:
     """Return a method's scores of what is left of a numbered model.
@@ -223,7 +222,7 @@ def _positions(numbers: Tensor) -> Tensor:
     return (numbers.detach().long() - 1).clamp_min_(0)
 
 
-def _unit_scores(own: Scores, vit: PrunableViT, dense: ViTShape) -> Iterator[tuple[str, Tensor]]:
+def _unit_scores(own: Scores, vit: ViT, dense: ViTShape) -> Iterator[tuple[str, Tensor]]:
     """Yield (site, scores) of the heads, dims, neurons and channels that are left."""
     for index, (block, before) in enumerate(zip(vit.blocks, dense.blocks, strict=True)):
         name = f"blocks.{index}"

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from pruners import PrunableViT, cost_of
+from pruners.checkpoint import SHAPE, WEIGHTS, read_description
 from pruners.export.onnx import TOLERANCE, Agreement, agreement, write_onnx, write_program
 from pruners.export.semi_structured import is_two_of_four, semi_structured_layers
 from pruners.export.timm import SCRIPT, why_not, write_timm
 from pruners.export.timm import WEIGHTS as TIMM_WEIGHTS
-from pruners.model.checkpoint import SHAPE, WEIGHTS, read_description
 from search.data.splits import open_split
 from search.export_speed import Speed, measure_speed
 from search.records.files import read_trials

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pruners import Plan, PrunableViT, Step, load_method
 from pruners.families.learned import Learned
-from pruners.model.gates import Learner, LearningData, run
+from pruners.training.learner import Learner, LearningData, run
 from search.records.digests import directory_digest, file_digest, json_digest
 from search.tracking.served import read_served
 from search.trial.trial_files import RESULTS, TUNER, TrialFiles

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from pruners.model.checkpoint import replace_file
-from pruners.model.vit import PrunableViT
+from pruners.model.files import replace_file
+from pruners.model.vit import ViT
 
 INPUT, OUTPUT = "images", "logits"
 """Names of an ONNX file's input and output."""
@@ -38,14 +38,14 @@ score alike, one runtime may choose the other."""
 _STACK_TRACE = "pkg.torch.onnx.stack_trace"  # names the paths of this machine, node by node
 
 
-def export_program(vit: PrunableViT) -> ExportedProgram:
+def export_program(vit: ViT) -> ExportedProgram:
     """Return the model as a program of `torch.export`, for any number of images."""
     vit = _copy(vit)
     vit.use_fused_attention(True)
     return _traced(vit)
 
 
-def write_program(vit: PrunableViT, path: str | Path) -> None:
+def write_program(vit: ViT, path: str | Path) -> None:
     """Write a file that `torch.export.load(path).module()` opens, with torch alone.
 
     torch may unpickle what it finds in such a file: open only those you trust.
@@ -55,7 +55,7 @@ def write_program(vit: PrunableViT, path: str | Path) -> None:
     replace_file(Path(path), lambda temporary: temporary.write_bytes(content.getbuffer()))
 
 
-def write_onnx(vit: PrunableViT, path: str | Path) -> None:
+def write_onnx(vit: ViT, path: str | Path) -> None:
     """Write one ONNX file with the input "images" and the output "logits".
 
     Its metadata hold the `mean` and `std` that images are normalised by, as JSON, if known.
@@ -120,7 +120,7 @@ class Agreement:
         )
 
 
-def agreement(path: str | Path, vit: PrunableViT, images: Tensor) -> Agreement:
+def agreement(path: str | Path, vit: ViT, images: Tensor) -> Agreement:
     """Compare an ONNX file's logits with those of the model that it was written of.
 
     Args:
@@ -168,11 +168,11 @@ def onnx_call(path: str | Path, images: Tensor) -> Callable[[], list[Any]]:
     return lambda: session.run([OUTPUT], given)
 
 
-def _copy(vit: PrunableViT) -> PrunableViT:
+def _copy(vit: ViT) -> ViT:
     return copy.deepcopy(vit).cpu().float().eval().requires_grad_(False)
 
 
-def _traced(vit: PrunableViT) -> ExportedProgram:
+def _traced(vit: ViT) -> ExportedProgram:
     shape = vit.shape()
     example = torch.zeros(2, shape.channels, *shape.image)  # 1 would be taken for a constant
     return torch.export.export(vit, (example,), dynamic_shapes=({0: Dim("batch")},))

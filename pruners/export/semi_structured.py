@@ -17,7 +17,7 @@ from torch.sparse import (
     SparseSemiStructuredTensorCUTLASS,
 )
 
-from pruners.model.vit import PrunableViT
+from pruners.model.vit import ViT
 
 DTYPES = (torch.float16, torch.bfloat16)
 
@@ -55,7 +55,7 @@ def why_not(weight: Tensor, backend: str) -> str:
     return ""
 
 
-def semi_structured_layers(vit: PrunableViT) -> dict[str, dict[str, str]]:
+def semi_structured_layers(vit: ViT) -> dict[str, dict[str, str]]:
     """Return, for each linear layer of the blocks, backend -> why it does not take it, or ""."""
     return {
         site: {backend: why_not(layer.weight, backend) for backend in BACKENDS}
@@ -63,7 +63,7 @@ def semi_structured_layers(vit: PrunableViT) -> dict[str, dict[str, str]]:
     }
 
 
-def to_semi_structured(vit: PrunableViT, dtype: torch.dtype) -> list[str]:
+def to_semi_structured(vit: ViT, dtype: torch.dtype) -> list[str]:
     """Let a model on a GPU run its 2:4 layers on sparse tensor cores, in place.
 
     The whole model computes in `dtype` afterwards, is for inference only, and cannot be saved.

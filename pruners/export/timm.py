@@ -14,13 +14,13 @@ import timm
 from torch import Tensor
 
 from pruners.model.attention import Attention
-from pruners.model.checkpoint import replace_file, write_tensors
-from pruners.model.vit import Block, PrunableViT
+from pruners.model.files import replace_file, write_tensors
+from pruners.model.vit import Block, ViT
 
 WEIGHTS, SCRIPT = "timm.safetensors", "load_timm.py"
 
 
-def why_not(vit: PrunableViT) -> str:
+def why_not(vit: ViT) -> str:
     """Return, in one line, why plain timm cannot express a model; empty if it can."""
     if vit.arch is None:
         return "the model's architecture is unknown; build it with from_timm or from_state_dict"
@@ -30,7 +30,7 @@ def why_not(vit: PrunableViT) -> str:
     return ""
 
 
-def write_timm(vit: PrunableViT, directory: str | Path) -> None:
+def write_timm(vit: ViT, directory: str | Path) -> None:
     """Write `timm.safetensors`, and `load_timm.py`, which opens it as `vit` without this project.
 
     Blocks that have lost both branches are left out. Masked weights are zeros.
@@ -69,7 +69,7 @@ def _why_not(block: Block) -> str:
     return ""
 
 
-def _kept(vit: PrunableViT) -> list[tuple[int, Block, Attention, int]]:
+def _kept(vit: ViT) -> list[tuple[int, Block, Attention, int]]:
     """Return index, block, attention and neurons of the blocks that are left."""
     return [
         (index, block, block.attn, block.mlp.fc1.out_features)
@@ -78,7 +78,7 @@ def _kept(vit: PrunableViT) -> list[tuple[int, Block, Attention, int]]:
     ]
 
 
-def _state(vit: PrunableViT) -> dict[str, Tensor]:
+def _state(vit: ViT) -> dict[str, Tensor]:
     state = {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in vit.vit.state_dict().items()
@@ -96,7 +96,7 @@ def _state(vit: PrunableViT) -> dict[str, Tensor]:
     return state
 
 
-def _script(vit: PrunableViT) -> str:
+def _script(vit: ViT) -> str:
     assert vit.arch is not None
     name, kept = vit.arch["name"], _kept(vit)
     args = {key: value for key, value in vit.arch["args"].items() if key != "depth"}

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pruners.families.pruner import Batches, Scores, Thresholds
 from pruners.families.weight import WeightPruner
-from pruners.model.vit import PrunableViT
+from pruners.model.types import Batches, Scores, Thresholds
+from pruners.model.vit import ViT
 from pruners.saliency.curvature import Curvature, gradient_chunks, layer_groups
 
 
@@ -55,7 +55,7 @@ class FisherPruner(WeightPruner, abc.ABC):
     def bytes_per_weight(self, total: int) -> int:
         """Return the memory that the curvature takes, per weight, with `total` gradients."""
 
-    def score(self, vit: PrunableViT, batches: Batches) -> Scores:
+    def score(self, vit: ViT, batches: Batches) -> Scores:
         """Return the scores of all weights; `vit` is left as it was."""
         layers = dict(vit.linears())
         return {
@@ -63,7 +63,7 @@ class FisherPruner(WeightPruner, abc.ABC):
             for site, curvature, weights in self._curvatures(vit, batches)
         }
 
-    def prune_once(self, vit: PrunableViT, batches: Batches, thresholds: Thresholds) -> None:
+    def prune_once(self, vit: ViT, batches: Batches, thresholds: Thresholds) -> None:
         """Choose the masks by the scores, and move the weights that stay."""
         target, layers = self.shrink(vit.shape(), thresholds), dict(vit.linears())
         moved: dict[str, Tensor] = {}
@@ -79,9 +79,7 @@ class FisherPruner(WeightPruner, abc.ABC):
                 vit.masks[site] = masks[site]
                 layers[site].weight.copy_(weights)
 
-    def _curvatures(
-        self, vit: PrunableViT, batches: Batches
-    ) -> Iterator[tuple[str, Curvature, Tensor]]:
+    def _curvatures(self, vit: ViT, batches: Batches) -> Iterator[tuple[str, Curvature, Tensor]]:
         """Yield (site, curvature, weights [d]) layer by layer."""
         batches = list(batches)
         total = sum(len(labels) // self.gradient_batch for _, labels in batches)

@@ -17,14 +17,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pruners.families.allocation import common_cutoff
-from pruners.families.pruner import Batches, Scores, Thresholds
 from pruners.families.unit import UnitPruner
-from pruners.model.checkpoint import load_weights, write_tensors
 from pruners.model.cost import cost_of
-from pruners.model.gates import Learner, LearningData, run
+from pruners.model.files import load_weights, write_tensors
 from pruners.model.shape import ViTShape
 from pruners.model.sites import block_site, kind_of
-from pruners.model.vit import PrunableViT
+from pruners.model.types import Batches, Scores, Thresholds
+from pruners.model.vit import ViT
+from pruners.training.learner import Learner, LearningData, run
 
 _NOT_A_REPORT = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
@@ -128,7 +128,7 @@ class LearnedPruner(UnitPruner, abc.ABC):
             )
 
     @abc.abstractmethod
-    def learner(self, vit: PrunableViT, data: LearningData) -> Learner:
+    def learner(self, vit: ViT, data: LearningData) -> Learner:
         """Start a run on a model that is the run's own."""
 
     @abc.abstractmethod
@@ -152,9 +152,7 @@ class LearnedPruner(UnitPruner, abc.ABC):
         """Epochs of the whole run."""
         return self.epochs
 
-    def learn(
-        self, vit: PrunableViT, data: LearningData, checkpoint: Path | None = None
-    ) -> Learned:
+    def learn(self, vit: ViT, data: LearningData, checkpoint: Path | None = None) -> Learned:
         """Learn. `vit` is left as it was.
 
         Args:
@@ -178,15 +176,15 @@ class LearnedPruner(UnitPruner, abc.ABC):
             report={**learned.report, "seconds": seconds},
         )
 
-    def score(self, vit: PrunableViT, batches: Batches) -> Scores:
+    def score(self, vit: ViT, batches: Batches) -> Scores:
         """Learn on the batches, the same in every epoch, and return the scores alone."""
         return self.learn(vit, LearningData.of(batches)).scores
 
-    def prune(self, vit: PrunableViT, batches: Batches, thresholds: Thresholds) -> None:
+    def prune(self, vit: ViT, batches: Batches, thresholds: Thresholds) -> None:
         """Learn on the batches and cut in place."""
         self.cut_learned(vit, self.learn(vit, LearningData.of(batches)), thresholds)
 
-    def cut_learned(self, vit: PrunableViT, learned: Learned, thresholds: Thresholds) -> None:
+    def cut_learned(self, vit: ViT, learned: Learned, thresholds: Thresholds) -> None:
         """Take over the learned weights and cut in place."""
         if learned.weights:
             load_weights(vit.vit, learned.weights, source=f"what {self.name} learned")
@@ -234,7 +232,7 @@ class LearnedPruner(UnitPruner, abc.ABC):
         )
 
 
-def model_tensors(vit: PrunableViT) -> dict[str, Tensor]:
+def model_tensors(vit: ViT) -> dict[str, Tensor]:
     """Return copies of a model's tensors, on the CPU."""
     return {name: t.detach().cpu().clone() for name, t in vit.vit.state_dict().items()}
 

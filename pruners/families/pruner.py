@@ -13,24 +13,13 @@ import dataclasses
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
-from torch import Tensor
-
 from pruners.model.shape import ViTShape
-from pruners.model.vit import PrunableViT
-
-Batches = Iterable[tuple[Tensor, Tensor]]
-"""Images [B, channels, height, width], normalised, and labels [B]."""
-
-Scores = dict[str, Tensor]
-"""Site -> one score per unit or weight; higher is kept."""
-
-Thresholds = Mapping[str, float]
-"""Site -> share of its units to cut; a site that is absent is not cut."""
+from pruners.model.types import Batches, Scores, Thresholds
+from pruners.model.vit import ViT
 
 FAMILIES = ("unit", "token", "weight")
 """The families, in the order in which a plan applies them."""
@@ -58,7 +47,7 @@ class Pruner(abc.ABC):
         """Return each site that can be cut in a network of that shape, and its number of units."""
 
     @abc.abstractmethod
-    def score(self, vit: PrunableViT, batches: Batches) -> Scores:
+    def score(self, vit: ViT, batches: Batches) -> Scores:
         """Score the units of each site. `vit` is left as it was."""
 
     @abc.abstractmethod
@@ -74,10 +63,10 @@ class Pruner(abc.ABC):
         """Return the shape after the cut, without doing it. Pure."""
 
     @abc.abstractmethod
-    def cut(self, vit: PrunableViT, scores: Scores, thresholds: Thresholds) -> None:
+    def cut(self, vit: ViT, scores: Scores, thresholds: Thresholds) -> None:
         """Cut in place."""
 
-    def prune(self, vit: PrunableViT, batches: Batches, thresholds: Thresholds) -> None:
+    def prune(self, vit: ViT, batches: Batches, thresholds: Thresholds) -> None:
         """Score and cut in place."""
         self.cut(vit, self.score(vit, batches), thresholds)
 
@@ -107,7 +96,7 @@ class Pruner(abc.ABC):
 class ReducesTokens(Protocol):
     """A method whose models hold token reducers, which a saved model is rebuilt with."""
 
-    def place(self, vit: PrunableViT, thresholds: Thresholds) -> None:
+    def place(self, vit: ViT, thresholds: Thresholds) -> None:
         """Put reducers into the blocks of a model; weights are loaded afterwards."""
 
 

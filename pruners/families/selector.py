@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pruners.families.allocation import same_share
-from pruners.families.pruner import Scores, Thresholds
 from pruners.families.token import TokenPruner, quarters, token_shares
 from pruners.model.cost import cost_of
 from pruners.model.policy import PolicyLoss
 from pruners.model.shape import ViTShape
-from pruners.model.vit import PrunableViT
+from pruners.model.types import Scores, Thresholds
+from pruners.model.vit import ViT
 
 EMBEDDINGS = ("cls_token", "dist_token", "reg_token", "pos_embed")
 """What is never trained beside a selector, as in the code of DynamicViT and of SPViT."""
@@ -108,7 +108,7 @@ class SelectorPruner(TokenPruner, abc.ABC):
             else None
         )
 
-    def place(self, vit: PrunableViT, thresholds: Thresholds) -> None:
+    def place(self, vit: ViT, thresholds: Thresholds) -> None:
         """Put the selectors into a model, whose embeddings are not trained any more."""
         super().place(vit, thresholds)
         if vit.token_step is not None:

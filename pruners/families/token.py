@@ -11,10 +11,11 @@ from typing import ClassVar
 import torch
 
 from pruners.families.allocation import same_share
-from pruners.families.pruner import Batches, Pruner, Scores, Thresholds
+from pruners.families.pruner import Pruner
 from pruners.model.shape import BlockShape, ViTShape
 from pruners.model.tokens import FrontReducer, MiddleReducer, TokenLoss, TokenReducer
-from pruners.model.vit import PrunableViT
+from pruners.model.types import Batches, Scores, Thresholds
+from pruners.model.vit import ViT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,7 @@ class TokenPruner(Pruner, abc.ABC):
             if block.heads
         }
 
-    def score(self, vit: PrunableViT, batches: Batches) -> Scores:
+    def score(self, vit: ViT, batches: Batches) -> Scores:
         """Return nothing: tokens are scored image by image while the model runs."""
         return {}
 
@@ -68,12 +69,12 @@ class TokenPruner(Pruner, abc.ABC):
         sites = [site for site in self.sites(shape) if site in places]
         return same_share(sites, lambda shares: self.shrink(shape, shares), macs, largest=0.99)
 
-    def cut(self, vit: PrunableViT, scores: Scores, thresholds: Thresholds) -> None:
+    def cut(self, vit: ViT, scores: Scores, thresholds: Thresholds) -> None:
         """Put a reducer into each block that is cut."""
         self.shrink(vit.shape(), thresholds)  # refuses what cannot be
         self.place(vit, thresholds)
 
-    def place(self, vit: PrunableViT, thresholds: Thresholds) -> None:
+    def place(self, vit: ViT, thresholds: Thresholds) -> None:
         """Put reducers with first weights into a model, also when a saved one is opened."""
         shape = vit.shape()
         put_reducers(vit, self, self.reducers(shape, thresholds), thresholds)
@@ -121,7 +122,7 @@ def with_reducers(shape: ViTShape, reducers: Mapping[int, TokenReducer]) -> ViTS
 
 
 def put_reducers(
-    vit: PrunableViT,
+    vit: ViT,
     pruner: Pruner,
     reducers: Mapping[int, TokenReducer],
     thresholds: Thresholds,
@@ -142,7 +143,7 @@ def put_reducers(
         }
 
 
-def remove_reducers(vit: PrunableViT) -> None:
+def remove_reducers(vit: ViT) -> None:
     """Take the reducers out of a model: all its tokens flow again."""
     for block in vit.blocks:
         block.front = block.middle = None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pruners.families.allocation import rank_globally
-from pruners.families.pruner import Pruner, Scores, Thresholds
+from pruners.families.pruner import Pruner
 from pruners.model.attention import Attention
 from pruners.model.shape import BlockShape, ViTShape, units_kept
 from pruners.model.sites import RAGGED, WHOLE, kind_of, ragged_site, unit_sites
@@ -28,7 +28,8 @@ from pruners.model.surgery import (
     remove_attention,
     remove_mlp,
 )
-from pruners.model.vit import Block, PrunableViT
+from pruners.model.types import Scores, Thresholds
+from pruners.model.vit import Block, ViT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +128,7 @@ class UnitPruner(Pruner, abc.ABC):
         steps = {site: slice_scores(scores[site]) for site in self.sites(shape)}
         return rank_globally(shape, steps, lambda shares: self.shrink(shape, shares), macs)
 
-    def cut(self, vit: PrunableViT, scores: Scores, thresholds: Thresholds) -> None:
+    def cut(self, vit: ViT, scores: Scores, thresholds: Thresholds) -> None:
         """Remove the units of lowest score: heads before the dims of the heads that stay."""
         before = vit.shape()
         target = self.shrink(before, thresholds)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from pruners.families.allocation import rank_globally, same_share
-from pruners.families.pruner import Batches, Pruner, Scores, Thresholds
+from pruners.families.pruner import Pruner
 from pruners.model.masks import apply_masks, keep_highest, keep_n_of_m
 from pruners.model.shape import ViTShape, units_kept
-from pruners.model.vit import PrunableViT
+from pruners.model.types import Batches, Scores, Thresholds
+from pruners.model.vit import ViT
 
 PATTERNS = {"none": (0, 0), "2:4": (2, 4), "4:8": (4, 8)}
 """Name of a pattern -> (weights that stay, of so many consecutive inputs)."""
@@ -91,13 +92,13 @@ class WeightPruner(Pruner, abc.ABC):
         ascending = {site: _sample(score).sort().values for site, score in scores.items()}
         return rank_globally(shape, ascending, shrink, macs)
 
-    def prune(self, vit: PrunableViT, batches: Batches, thresholds: Thresholds) -> None:
+    def prune(self, vit: ViT, batches: Batches, thresholds: Thresholds) -> None:
         """Reach the thresholds in `rounds` sub-steps."""
         for step in range(1, self.rounds + 1):
             shares = {site: share * step / self.rounds for site, share in thresholds.items()}
             self.prune_once(vit, batches, shares)
 
-    def prune_once(self, vit: PrunableViT, batches: Batches, thresholds: Thresholds) -> None:
+    def prune_once(self, vit: ViT, batches: Batches, thresholds: Thresholds) -> None:
         """Score and mask."""
         self.cut(vit, self.score(vit, batches), thresholds)
 
@@ -106,7 +107,7 @@ class WeightPruner(Pruner, abc.ABC):
         left = max(0.0, 1.0 - (epoch + 1) / (self.ramp_epochs + 1))
         return {site: share * (1.0 - left**3) for site, share in thresholds.items()}
 
-    def cut(self, vit: PrunableViT, scores: Scores, thresholds: Thresholds) -> None:
+    def cut(self, vit: ViT, scores: Scores, thresholds: Thresholds) -> None:
         """Mask the lowest scores of each layer; weights that were masked before stay so."""
         target = self.shrink(vit.shape(), thresholds)
         for site, share in thresholds.items():
@@ -114,7 +115,7 @@ class WeightPruner(Pruner, abc.ABC):
                 vit.masks[site] = self.mask(vit, site, scores[site], target.nonzero[site])
         apply_masks(dict(vit.linears()), vit.masks)
 
-    def mask(self, vit: PrunableViT, site: str, scores: Tensor, kept: int) -> Tensor:
+    def mask(self, vit: ViT, site: str, scores: Tensor, kept: int) -> Tensor:
         """Return the mask of a layer: `kept` of the highest scores, or the pattern's."""
         if site in vit.masks:
             scores = scores.masked_fill(~vit.masks[site].to(scores.device), float("-inf"))

@@ -18,7 +18,7 @@ import torch
 from pruners.latency.timing import seconds_in_turn
 from pruners.model.shape import BlockShape, ViTShape
 from pruners.model.tokens import FrontReducer, Tokens
-from pruners.model.vit import PrunableViT
+from pruners.model.vit import ViT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +123,7 @@ class LatencyTable:
 
 @torch.inference_mode()
 def measure_latency(
-    vit: PrunableViT,
+    vit: ViT,
     selector: FrontReducer,
     counts: Sequence[int],
     *,
@@ -189,7 +189,7 @@ def _kinds(shape: ViTShape) -> tuple[tuple[int, ...], list[int]]:
     return tuple(numbers[block] for block in shape.blocks), list(firsts.values())
 
 
-def _outer(vit: PrunableViT, images: torch.Tensor) -> Tokens:
+def _outer(vit: ViT, images: torch.Tensor) -> Tokens:
     return Tokens(vit.vit.norm(vit.embed(images)))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from pruners.model.vit import PrunableViT
+from pruners.model.vit import ViT
 
 Call = Callable[[], object]
 
@@ -48,6 +48,6 @@ def _finish(call: Call, device: torch.device | None) -> None:
         torch.cuda.synchronize(device)
 
 
-def forward_call(vit: PrunableViT, images: Tensor) -> Call:
+def forward_call(vit: ViT, images: Tensor) -> Call:
     """Return what runs a model, in evaluation mode, on images on its device."""
     return torch.inference_mode()(lambda: vit(images))

@@ -34,14 +34,15 @@ from torch import Tensor, nn
 
 from pruners.families.allocation import rank_globally
 from pruners.families.learned import Learned, LearnedPruner, model_tensors
-from pruners.families.pruner import Scores, Thresholds
 from pruners.families.unit import highest, slice_scores
 from pruners.model.cost import cost_of
-from pruners.model.gates import SLOTS, Gate, Learner, LearningData, remove_gates
+from pruners.model.gates import SLOTS, Gate, remove_gates
 from pruners.model.shape import ViTShape
 from pruners.model.sites import kind_of
-from pruners.model.vit import Block, PrunableViT
-from pruners.training.fine_tune import autocast_dtype, distillation, schedule_factor
+from pruners.model.types import Scores, Thresholds
+from pruners.model.vit import Block, ViT
+from pruners.training.learner import Learner, LearningData
+from pruners.training.optimisation import autocast_dtype, distillation, schedule_factor
 
 GATED = {"qk_dim": "query", "v_dim": "mixed", "neuron": "neuron"}
 """Kind of unit -> the slot its channels pass. Scaling q or k is the same, so k needs no gate."""
@@ -124,7 +125,7 @@ class CaitChannels(LearnedPruner):
             for site, s in scores.items()
         }
 
-    def learner(self, vit: PrunableViT, data: LearningData) -> CaitChannelsLearner:
+    def learner(self, vit: ViT, data: LearningData) -> CaitChannelsLearner:
         """Start with nothing masked."""
         return CaitChannelsLearner(self, vit)
 
@@ -174,7 +175,7 @@ class CaitChannelsLearner(Learner):
     decided: Tensor
     returned: Tensor
 
-    def __init__(self, method: CaitChannels, vit: PrunableViT) -> None:
+    def __init__(self, method: CaitChannels, vit: ViT) -> None:
         """Put gates on the channels of the method's kinds."""
         super().__init__(vit, distils=method.distill > 0.0)
         self.method, self.shape = method, vit.shape()

@@ -18,12 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruners.families.allocation import out_of_reach
-from pruners.families.pruner import Scores, Thresholds
 from pruners.families.token import TokenPruner, token_shares
 from pruners.model.cost import cost_of
 from pruners.model.shape import ViTShape
 from pruners.model.tokens import FrontReducer, TokenReducer, Tokens
-from pruners.model.vit import PrunableViT
+from pruners.model.types import Scores, Thresholds
+from pruners.model.vit import ViT
 
 MERGES = ("linear", "mean", "weighted")
 
@@ -201,7 +201,7 @@ class MergeNeighbours(FrontReducer):
         return torch.sigmoid(first - second)
 
 
-def feature_map(vit: PrunableViT, images: Tensor) -> Tensor:
+def feature_map(vit: ViT, images: Tensor) -> Tensor:
     """Return the final patch tokens as a map [B, D, H, W] of the full grid, for dense tasks.
 
     Merged tokens are repeated wherever the patches were that they stand for. `vit` is a model cut

@@ -10,11 +10,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from pruners.families.pruner import Thresholds
 from pruners.families.selector import SelectorPruner
 from pruners.model.policy import draw_keeps
 from pruners.model.shape import ViTShape
 from pruners.model.tokens import FrontReducer, TokenReducer, Tokens, split_by_score, take_tokens
+from pruners.model.types import Thresholds
 
 POOL_EPS = 1e-6
 """Keeps the mean over the kept patches finite where none is kept."""

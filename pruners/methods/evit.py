@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from pruners.families.pruner import Batches, Thresholds
 from pruners.families.token import TokenPruner, remove_reducers, token_shares
 from pruners.model.attention import Attended, attention_rows
 from pruners.model.shape import ViTShape
@@ -19,7 +18,8 @@ from pruners.model.tokens import (
     split_by_score,
     take_tokens,
 )
-from pruners.model.vit import PrunableViT
+from pruners.model.types import Batches, Thresholds
+from pruners.model.vit import ViT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class EViT(TokenPruner):
         reached = 0.5 * (1.0 - math.cos(math.pi * progress))
         return {site: share * reached for site, share in thresholds.items()}
 
-    def prune(self, vit: PrunableViT, batches: Batches, thresholds: Thresholds) -> None:
+    def prune(self, vit: ViT, batches: Batches, thresholds: Thresholds) -> None:
         """Cut in place, further than an earlier epoch of the ramp did."""
         if vit.token_step is not None and vit.token_step["method"] == self.name:
             remove_reducers(vit)

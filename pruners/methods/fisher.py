@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pruners.families.pruner import Batches, Scores
 from pruners.families.weight import WeightPruner
-from pruners.model.vit import PrunableViT
+from pruners.model.types import Batches, Scores
+from pruners.model.vit import ViT
 from pruners.saliency.diagonal import quadratic_saliency, sample_mean_squares
 
 
@@ -18,6 +18,6 @@ class Fisher(WeightPruner):
     square of the average vanishes at a minimum.
     """
 
-    def score(self, vit: PrunableViT, batches: Batches) -> Scores:
+    def score(self, vit: ViT, batches: Batches) -> Scores:
         """Return the saliency of each weight."""
         return quadratic_saliency(vit, sample_mean_squares(vit, batches))

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pruners.families.pruner import Batches, Scores, load_method
+from pruners.families.pruner import load_method
 from pruners.families.unit import UnitPruner
 from pruners.families.weight import WeightPruner
 from pruners.model.attention import Attention
-from pruners.model.vit import PrunableViT
+from pruners.model.types import Batches, Scores
+from pruners.model.vit import ViT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class Grouped(UnitPruner):
                 "give a method of the weight family"
             )
 
-    def score(self, vit: PrunableViT, batches: Batches) -> Scores:
+    def score(self, vit: ViT, batches: Batches) -> Scores:
         """Return the summed scores of the wanted kinds of units."""
         weights = load_method(self.criterion).score(vit, batches)
         scores: Scores = {}

@@ -7,9 +7,9 @@ from typing import Literal
 
 import torch
 
-from pruners.families.pruner import Batches, Scores
 from pruners.families.weight import WeightPruner
-from pruners.model.vit import PrunableViT
+from pruners.model.types import Batches, Scores
+from pruners.model.vit import ViT
 from pruners.saliency.diagonal import hutchinson, quadratic_saliency, sample_mean_squares
 
 
@@ -40,7 +40,7 @@ class OBD(WeightPruner):
         if self.probes < 1:
             raise ValueError(f"option probes of obd is {self.probes}; give at least 1")
 
-    def score(self, vit: PrunableViT, batches: Batches) -> Scores:
+    def score(self, vit: ViT, batches: Batches) -> Scores:
         """Return the saliency of each weight."""
         generator = torch.Generator().manual_seed(self.seed)
         if self.hessian == "hutchinson":

@@ -15,12 +15,10 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from pruners.families.pruner import Thresholds
 from pruners.families.selector import SelectorPruner
 from pruners.families.token import remove_reducers
 from pruners.latency.phases import Keeps, Rules, search_phases, shares_of
 from pruners.latency.table import LatencyTable, measure_latency
-from pruners.model.gates import LearningData
 from pruners.model.policy import draw_keeps
 from pruners.model.shape import ViTShape
 from pruners.model.soft_tokens import (
@@ -31,10 +29,12 @@ from pruners.model.soft_tokens import (
     package,
 )
 from pruners.model.tokens import FrontReducer, TokenReducer, Tokens, split_by_score, take_tokens
-from pruners.model.vit import PrunableViT
+from pruners.model.types import Thresholds
+from pruners.model.vit import ViT
 from pruners.plan import Step
 from pruners.training.evaluation import evaluate
 from pruners.training.fine_tune import FineTuner, Recipe
+from pruners.training.learner import LearningData
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class SPViT(SelectorPruner):
         }
 
     def latency_table(
-        self, vit: PrunableViT, *, batch: int = 1, rounds: int = 20, rules: Rules | None = None
+        self, vit: ViT, *, batch: int = 1, rounds: int = 20, rules: Rules | None = None
     ) -> LatencyTable:
         """Measure a model on the device that it is on, at the token counts of a search's grid."""
         shape, ratios = vit.shape(), (rules or Rules()).grid
@@ -106,7 +106,7 @@ class SPViT(SelectorPruner):
 
     def schedule(
         self,
-        vit: PrunableViT,
+        vit: ViT,
         data: LearningData,
         table: LatencyTable,
         limit_s: float,
@@ -138,7 +138,7 @@ class SPViT(SelectorPruner):
         teacher = copy.deepcopy(vit).eval()
         epochs = 0
 
-        def tune(state: PrunableViT, keeps: Keeps) -> tuple[PrunableViT, float]:
+        def tune(state: ViT, keeps: Keeps) -> tuple[ViT, float]:
             nonlocal epochs
             torch.manual_seed(seed * 1_009 + epochs)
             student = with_selectors(state, self.placed(keeps))
@@ -183,11 +183,11 @@ class Scheduled(NamedTuple):
     step: Step
     seconds: float
     top1: float
-    vit: PrunableViT
+    vit: ViT
     epochs: int
 
 
-def with_selectors(vit: PrunableViT, step: Step) -> PrunableViT:
+def with_selectors(vit: ViT, step: Step) -> ViT:
     """Return a copy that has the selectors of a step instead of its own, trained ones kept."""
     new = copy.deepcopy(vit)
     remove_reducers(new)

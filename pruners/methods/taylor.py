@@ -10,9 +10,9 @@ from itertools import islice
 
 import torch
 
-from pruners.families.pruner import Batches, Scores
 from pruners.families.weight import WeightPruner
-from pruners.model.vit import PrunableViT
+from pruners.model.types import Batches, Scores
+from pruners.model.vit import ViT
 from pruners.saliency.gradients import batch_gradients
 
 
@@ -35,7 +35,7 @@ class Taylor(WeightPruner):
         if self.num_batches < 1:
             raise ValueError(f"option num_batches of taylor is {self.num_batches}; give at least 1")
 
-    def score(self, vit: PrunableViT, batches: Batches) -> Scores:
+    def score(self, vit: ViT, batches: Batches) -> Scores:
         """Return the saliency of each weight."""
         layers = dict(vit.linears())
         totals = {k: torch.zeros_like(v.weight, dtype=torch.float32) for k, v in layers.items()}

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from pruners.families.allocation import out_of_reach, smallest
-from pruners.families.pruner import Scores, Thresholds
 from pruners.families.token import TokenPruner, token_shares
 from pruners.model.attention import Attended
 from pruners.model.cost import cost_of
 from pruners.model.shape import ViTShape
 from pruners.model.tokens import MiddleReducer, TokenReducer, Tokens, split_by_score, take_tokens
+from pruners.model.types import Scores, Thresholds
 
 LEAST_NORM = 1e-12
 """Keeps a key of zeros finite when it is normalised."""

@@ -33,14 +33,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruners.families.learned import Learned, LearnedPruner, model_tensors
-from pruners.families.pruner import Scores
 from pruners.model.cost import cost_of
-from pruners.model.gates import Learner, LearningData, add_gates, hard, remove_gates
+from pruners.model.gates import add_gates, hard, remove_gates
 from pruners.model.relaxed import CompressedBlock
 from pruners.model.shape import ViTShape
 from pruners.model.sites import block_site, ragged_site
-from pruners.model.vit import PrunableViT
-from pruners.training.fine_tune import autocast_dtype, distillation, schedule_factor
+from pruners.model.types import Scores
+from pruners.model.vit import ViT
+from pruners.training.learner import Learner, LearningData
+from pruners.training.optimisation import autocast_dtype, distillation, schedule_factor
 
 GUMBEL_TEMPERATURE = 0.5
 GATE_CLIP = 0.1
@@ -110,7 +111,7 @@ class UVC(LearnedPruner):
         """Head dims whose number differs by head, neurons, and whole blocks."""
         return ("ragged_v_dim", "neuron", "block")
 
-    def learner(self, vit: PrunableViT, data: LearningData) -> UVCLearner:
+    def learner(self, vit: ViT, data: LearningData) -> UVCLearner:
         """Start with everything kept."""
         return UVCLearner(self, vit, self.epochs * data.steps)
 
@@ -152,7 +153,7 @@ class UVCLearner(Learner):
 
     price: Tensor
 
-    def __init__(self, method: UVC, vit: PrunableViT, steps: int) -> None:
+    def __init__(self, method: UVC, vit: ViT, steps: int) -> None:
         """Wrap the blocks. `steps` is the length of the run."""
         super().__init__(vit, distils=method.distill > 0.0)
         self.method, self.shape, self.steps = method, vit.shape(), max(1, steps)

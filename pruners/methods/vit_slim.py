@@ -24,15 +24,16 @@ from torch import Tensor, nn
 
 from pruners.families.allocation import out_of_reach, smallest
 from pruners.families.learned import Learned, LearnedPruner, model_tensors
-from pruners.families.pruner import Scores, Thresholds
 from pruners.families.token import put_reducers
 from pruners.model.cost import cost_of
-from pruners.model.gates import Learner, LearningData, add_gates, fold_gates, remove_gates
+from pruners.model.gates import add_gates, fold_gates, remove_gates
 from pruners.model.shape import ViTShape
 from pruners.model.sites import kind_of, ragged_site
 from pruners.model.tokens import KeepPatches
-from pruners.model.vit import PrunableViT
-from pruners.training.fine_tune import autocast_dtype
+from pruners.model.types import Scores, Thresholds
+from pruners.model.vit import ViT
+from pruners.training.learner import Learner, LearningData
+from pruners.training.optimisation import autocast_dtype
 
 PATCH_START = 3.0
 """Where the masks of patches start; they act through tanh, and tanh 3 = 0.995."""
@@ -105,7 +106,7 @@ class ViTSlim(LearnedPruner):
             tokens = after
         return dataclasses.replace(shape, blocks=tuple(blocks)) if counts else shape
 
-    def cut(self, vit: PrunableViT, scores: Scores, thresholds: Thresholds) -> None:
+    def cut(self, vit: ViT, scores: Scores, thresholds: Thresholds) -> None:
         """Remove units, then put the choice of patches into the blocks."""
         super().cut(vit, scores, thresholds)
         shape = vit.shape()
@@ -124,7 +125,7 @@ class ViTSlim(LearnedPruner):
             reducer.keep(chosen[index][before].nonzero().flatten())
             before = chosen[index]
 
-    def place(self, vit: PrunableViT, thresholds: Thresholds) -> None:
+    def place(self, vit: ViT, thresholds: Thresholds) -> None:
         """Put reducers that keep the right number of patches, the first ones, into the blocks."""
         shape = vit.shape()
         reducers = {
@@ -161,7 +162,7 @@ class ViTSlim(LearnedPruner):
             raise out_of_reach(macs, self.shrink(shape, shares(STEPS - 1)))
         return shares(step)
 
-    def learner(self, vit: PrunableViT, data: LearningData) -> ViTSlimLearner:
+    def learner(self, vit: ViT, data: LearningData) -> ViTSlimLearner:
         """Start with masks of ones, and of tanh 3 on patches."""
         return ViTSlimLearner(self, vit, data.steps * self.epochs)
 
@@ -185,7 +186,7 @@ class ViTSlimLearner(Learner):
         patches: Block -> z_p [N] of the blocks behind the first.
     """
 
-    def __init__(self, method: ViTSlim, vit: PrunableViT, steps: int) -> None:
+    def __init__(self, method: ViTSlim, vit: ViT, steps: int) -> None:
         """Put gates on what the method's kinds of units are."""
         super().__init__(vit)
         self.method, self.shape = method, vit.shape()

@@ -23,21 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruners.families.learned import Learned, LearnedPruner, model_tensors
-from pruners.families.pruner import Batches, Scores, Thresholds
 from pruners.model.exits import Exit
-from pruners.model.gates import (
-    Learner,
-    LearningData,
-    add_gates,
-    hard,
-    remaining_weights,
-    remove_gates,
-)
+from pruners.model.gates import add_gates, hard, remaining_weights, remove_gates
 from pruners.model.shape import ViTShape
 from pruners.model.sites import kind_of
 from pruners.model.tokens import Tokens
-from pruners.model.vit import PrunableViT
-from pruners.training.fine_tune import autocast_dtype, schedule_factor
+from pruners.model.types import Batches, Scores, Thresholds
+from pruners.model.vit import ViT
+from pruners.training.learner import Learner, LearningData
+from pruners.training.optimisation import autocast_dtype, schedule_factor
 
 GATES = {
     "head": ("query", "key", "mixed"),
@@ -107,7 +101,7 @@ class WDPruning(LearnedPruner):
         """Heads, neurons, written channels and blocks."""
         return (*GATES, "block")
 
-    def learner(self, vit: PrunableViT, data: LearningData) -> WDPruningLearner:
+    def learner(self, vit: ViT, data: LearningData) -> WDPruningLearner:
         """Start with all units kept and untrained exits."""
         return WDPruningLearner(self, vit, data.steps * self.total_epochs())
 
@@ -131,7 +125,7 @@ class WDPruning(LearnedPruner):
         }
         return Learned(scores=margins, weights=model_tensors(learner.vit) | exits, report=report)
 
-    def cut_learned(self, vit: PrunableViT, learned: Learned, thresholds: Thresholds) -> None:
+    def cut_learned(self, vit: ViT, learned: Learned, thresholds: Thresholds) -> None:
         """Take over the learned weights and cut; an exit that becomes the end classifies."""
         blocks = self.shrink(vit.shape(), thresholds).blocks
         filled = [i + 1 for i, block in enumerate(blocks) if block.heads + block.hidden]
@@ -157,7 +151,7 @@ class WDPruningLearner(Learner):
     ties: Tensor
     multipliers: Tensor
 
-    def __init__(self, method: WDPruning, vit: PrunableViT, steps: int) -> None:
+    def __init__(self, method: WDPruning, vit: ViT, steps: int) -> None:
         """Put gates on the rows of all four linear layers, and exits behind blocks."""
         super().__init__(vit)
         self.method, self.shape, self.steps = method, vit.shape(), steps

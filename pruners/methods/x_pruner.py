@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruners.families.learned import Learned, LearnedPruner, model_tensors, standardised
-from pruners.families.pruner import Scores
 from pruners.model.cost import cost_of
-from pruners.model.gates import Learner, LearningData, add_gates, hard, linear_macs, remove_gates
-from pruners.model.vit import PrunableViT
-from pruners.training.fine_tune import autocast_dtype, schedule_factor
+from pruners.model.gates import add_gates, hard, linear_macs, remove_gates
+from pruners.model.types import Scores
+from pruners.model.vit import ViT
+from pruners.training.learner import Learner, LearningData
+from pruners.training.optimisation import autocast_dtype, schedule_factor
 
 SLOPE = 10.0
 """Slope n of the tanh step between kept and cut (eq. 9)."""
@@ -96,7 +97,7 @@ class XPruner(LearnedPruner):
         """Epochs of both stages."""
         return self.mask_epochs + (self.epochs if self.thresholds == "learned" else 0)
 
-    def learner(self, vit: PrunableViT, data: LearningData) -> XPrunerLearner:
+    def learner(self, vit: ViT, data: LearningData) -> XPrunerLearner:
         """Start with masks of ones and thresholds below every score."""
         return XPrunerLearner(self, vit)
 
@@ -135,7 +136,7 @@ class XPrunerLearner(Learner):
 
     multipliers: Tensor
 
-    def __init__(self, method: XPruner, vit: PrunableViT) -> None:
+    def __init__(self, method: XPruner, vit: ViT) -> None:
         """Put gates behind attention and behind the MLP's activation."""
         super().__init__(vit)
         self.method, self.shape = method, vit.shape()

@@ -29,7 +29,7 @@ _SIZES: dict[str, float] = {  # VisionTransformer's own
 
 
 def build(name: str | None, args: Mapping[str, Any], *, pretrained: bool = False) -> dict[str, Any]:
-    """Build a timm model and return it with what is known of it: the arguments of `PrunableViT`.
+    """Build a timm model and return it with what is known of it: the arguments of `ViT`.
 
     Args:
         name: A timm model name, or None for a plain `VisionTransformer`.

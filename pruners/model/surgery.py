@@ -1,4 +1,4 @@
-"""Surgery: remove units from a `PrunableViT` so that its matrices become smaller.
+"""Surgery: remove units from a `ViT` so that its matrices become smaller.
 
 A unit is removed together with everything that feeds it and everything it feeds, so the smaller
 model equals the model in which the unit was masked. Indices say what is *kept*.
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pruners.model.attention import Attention
 from pruners.model.shape import BlockShape, ViTShape
-from pruners.model.vit import Block, PrunableViT
+from pruners.model.vit import Block, ViT
 
 
 def keep_heads(attn: Attention, heads: Tensor) -> None:
@@ -133,7 +133,7 @@ def keep_inputs(linear: nn.Linear, columns: Tensor) -> None:
     _replace(linear, linear.weight[:, columns], linear.bias)
 
 
-def cut_to_shape(vit: PrunableViT, shape: ViTShape) -> None:
+def cut_to_shape(vit: ViT, shape: ViTShape) -> None:
     """Cut units until the model has the given shape.
 
     Which units stay does not matter: weights are loaded afterwards.

@@ -1,10 +1,9 @@
-"""`PrunableViT`: a timm `VisionTransformer` that can lose units, tokens and weights."""
+"""`ViT`: a timm `VisionTransformer` that can lose units, tokens and weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from timm.layers import Attention as TimmAttention
 from timm.layers import LayerScale, Mlp, PatchEmbed
@@ -65,12 +64,11 @@ class Block(nn.Module):
         return tokens
 
 
-class PrunableViT(nn.Module):
+class ViT(nn.Module):
     """A timm `VisionTransformer` with an explicit forward whose parts can be cut.
 
-    Untouched, its output equals timm's bit for bit. Build one with `from_timm`, `from_safetensors`,
-    `from_state_dict` or `load`; wrapping a model of your own with `PrunableViT(vit)` takes that
-    model over (its blocks are replaced).
+    Untouched, its output equals timm's bit for bit. Methods know models as this; who builds, opens
+    and saves one has a `pruners.PrunableViT`.
 
     Attributes:
         vit: The timm model; its parameter names are timm's.
@@ -108,68 +106,6 @@ class PrunableViT(nn.Module):
         self.arch = dict(arch) if arch is not None else None
         self.mean = mean
         self.std = std
-
-    @classmethod
-    def from_timm(cls, name: str, *, pretrained: bool = True, **args: Any) -> Self:
-        """Build a timm model by name, with timm's own weights unless `pretrained` is false."""
-        from pruners.model.architecture import build
-
-        return cls(**build(name, args, pretrained=pretrained))
-
-    @classmethod
-    def from_state_dict(
-        cls, state: Mapping[str, Tensor], name: str | None = None, **args: Any
-    ) -> Self:
-        """Build timm's `name`, or a plain `VisionTransformer(**args)`, with the given weights."""
-        from pruners.model.architecture import build
-        from pruners.model.checkpoint import load_weights
-
-        parts = build(name, args)
-        load_weights(parts["vit"], state, source="the state dict")
-        return cls(**parts)
-
-    @classmethod
-    def from_safetensors(cls, path: str | Path, name: str | None = None, **args: Any) -> Self:
-        """Read weights from a safetensors file.
-
-        Without `name` and `args` the file's metadata must hold `arch`: the arguments of
-        `VisionTransformer` as JSON.
-        """
-        from pruners.model.architecture import build, check_size
-        from pruners.model.checkpoint import load_weights, read_safetensors
-
-        state, file_args = read_safetensors(Path(path))
-        if name is None and not args and file_args is None:
-            raise ValueError(f"model {path} says nothing of its architecture; give name or args")
-        if name is None:
-            args = {**(file_args or {}), **args}
-        try:
-            if name is None:
-                check_size(name, args, most=10 * sum(tensor.numel() for tensor in state.values()))
-            parts = build(name, args)
-        except ValueError as error:
-            raise ValueError(f"{error}; weights are those of {path}") from error
-        load_weights(parts["vit"], state, source=str(path))
-        return cls(**parts)
-
-    @classmethod
-    def load(cls, path: str | Path) -> PrunableViT:
-        """Open a directory written by `save`."""
-        from pruners.model.checkpoint import load
-
-        return load(Path(path))
-
-    def save(self, path: str | Path, measured: Mapping[str, Any] | None = None) -> None:
-        """Write a directory of `model.safetensors` and `shape.json` that `load` opens.
-
-        Args:
-            path: Directory; made if needed.
-            measured: What was measured on this model (accuracy, speed), kept in `shape.json` for
-                its users.
-        """
-        from pruners.model.checkpoint import save
-
-        save(self, Path(path), measured or {})
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits [B, classes] of normalised images [B, channels, height, width]."""

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from pruners.families.pruner import Batches
-from pruners.model.vit import PrunableViT
+from pruners.model.types import Batches
+from pruners.model.vit import ViT
 from pruners.saliency.gradients import check_layers, evaluating, sample_gradients
 
 NO_CURVATURE = 1e-12
@@ -49,7 +49,7 @@ def layer_groups(sizes: Mapping[str, int], bytes_per_weight: int, limit: float) 
 
 
 def gradient_chunks(
-    vit: PrunableViT, batches: Batches, sites: list[str], per_gradient: int
+    vit: ViT, batches: Batches, sites: list[str], per_gradient: int
 ) -> Iterator[dict[str, Tensor]]:
     """Yield site -> gradients [c, d] of a few images at a time, masked weights' entries zero.
 
@@ -177,7 +177,7 @@ def update_inverse(inverse: Tensor, gradients: Tensor, total: int) -> Tensor:
     return torch.baddbmm(inverse, half.transpose(1, 2), half, alpha=-1.0)
 
 
-def _flat(vit: PrunableViT, site: str, gradients: Tensor, per_gradient: int) -> Tensor:
+def _flat(vit: ViT, site: str, gradients: Tensor, per_gradient: int) -> Tensor:
     """Gradients [c, d] out of per-image ones [B, out, in]."""
     flat = gradients.flatten(1)
     if per_gradient > 1:

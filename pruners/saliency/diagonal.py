@@ -8,21 +8,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pruners.families.pruner import Batches, Scores
-from pruners.model.vit import PrunableViT
+from pruners.model.types import Batches, Scores
+from pruners.model.vit import ViT
 from pruners.saliency.gradients import check_layers, evaluating, sample_gradients
 
 _MOST_BYTES = 256e6  # of per-image gradients that are held at a time
 
 
-def quadratic_saliency(vit: PrunableViT, diagonal: Mapping[str, Tensor]) -> Scores:
+def quadratic_saliency(vit: ViT, diagonal: Mapping[str, Tensor]) -> Scores:
     """Return 1/2 w^2 H_ii of each weight, for diagonals of the weights' shapes."""
     layers = dict(vit.linears())
     return {k: 0.5 * layers[k].weight.detach().float() ** 2 * d for k, d in diagonal.items()}
 
 
 def sample_mean_squares(
-    vit: PrunableViT, batches: Batches, *, draw_labels: torch.Generator | None = None
+    vit: ViT, batches: Batches, *, draw_labels: torch.Generator | None = None
 ) -> dict[str, Tensor]:
     """Return site -> mean over images of the squared gradient of the image's own loss.
 
@@ -57,7 +57,7 @@ def sample_mean_squares(
 
 
 def hutchinson(
-    vit: PrunableViT, batches: Batches, probes: int, generator: torch.Generator
+    vit: ViT, batches: Batches, probes: int, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Estimate the diagonal of the Hessian of the mean loss: E[z * (H z)], z of random signs.
 
@@ -111,6 +111,6 @@ def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def _drawn(vit: PrunableViT, images: Tensor, generator: torch.Generator) -> Tensor:
+def _drawn(vit: ViT, images: Tensor, generator: torch.Generator) -> Tensor:
     chances = vit(images).float().softmax(dim=1).cpu()
     return torch.multinomial(chances, 1, generator=generator).squeeze(1)

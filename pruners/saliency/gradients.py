@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruners.families.pruner import Batches
-from pruners.model.vit import PrunableViT
+from pruners.model.types import Batches
+from pruners.model.vit import ViT
 
 
-def batch_gradients(vit: PrunableViT, batches: Batches) -> Iterator[dict[str, Tensor]]:
+def batch_gradients(vit: ViT, batches: Batches) -> Iterator[dict[str, Tensor]]:
     """Yield, for each batch, site -> gradient of its mean cross-entropy, of the weight's shape.
 
     The model runs in evaluation mode (no dropout), and neither its mode nor any `.grad` is changed
@@ -33,7 +33,7 @@ def batch_gradients(vit: PrunableViT, batches: Batches) -> Iterator[dict[str, Te
 
 
 def sample_gradients(
-    vit: PrunableViT, images: Tensor, labels: Tensor, sites: Collection[str]
+    vit: ViT, images: Tensor, labels: Tensor, sites: Collection[str]
 ) -> dict[str, Tensor]:
     """Return site -> gradient of each image's own cross-entropy, [B, out, in].
 
@@ -73,7 +73,7 @@ def check_layers(layers: dict[str, nn.Linear]) -> None:
 
 
 @contextmanager
-def evaluating(vit: PrunableViT) -> Iterator[None]:
+def evaluating(vit: ViT) -> Iterator[None]:
     """Run a model in evaluation mode with plain attention, and put both back afterwards.
 
     Fused attention can neither be differentiated twice nor mapped over samples.

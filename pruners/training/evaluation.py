@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pruners.families.pruner import Batches
-from pruners.model.vit import PrunableViT
+from pruners.model.types import Batches
+from pruners.model.vit import ViT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def evaluate(vit: PrunableViT, batches: Batches) -> Evaluation:
+def evaluate(vit: ViT, batches: Batches) -> Evaluation:
     """Measure a model on labelled images, in float32.
 
     Raises:
@@ -73,7 +73,7 @@ def evaluate(vit: PrunableViT, batches: Batches) -> Evaluation:
 
 
 @torch.inference_mode()
-def measured_rate(vit: PrunableViT, images: Tensor, repeats: int) -> float:
+def measured_rate(vit: ViT, images: Tensor, repeats: int) -> float:
     """Return images per second of the forward pass: the median of so many runs, warmed up.
 
     Args:

@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pruners.families.pruner import Batches
 from pruners.model.masks import apply_masks
 from pruners.model.tokens import TokenReducer, Tokens
-from pruners.model.vit import PrunableViT
+from pruners.model.types import Batches
+from pruners.model.vit import ViT
+from pruners.training.optimisation import (
+    NonFiniteLossError,
+    Precision,
+    autocast_dtype,
+    distillation,
+    schedule_factor,
+)
 from pruners.training.peers import PeerOutOfMemoryError, Peers
-
-Precision = Literal["auto", "float32", "bfloat16"]
 
 TaughtBatches = Iterable[tuple[Tensor, Tensor, Tensor | None]]
 """Images and labels as in `Batches`, and the teacher's logits [B, classes], or None to ask it."""
 
 _CHECK_EVERY = 10  # steps; reading the loss waits for the device
-
-
-class NonFiniteLossError(ArithmeticError):
-    """The training loss became infinite or not a number."""
 
 
 class TrainingLeftError(RuntimeError):
@@ -91,10 +91,10 @@ class FineTuner:
 
     def __init__(
         self,
-        vit: PrunableViT,
+        vit: ViT,
         recipe: Recipe,
         steps_per_epoch: int,
-        teacher: PrunableViT | None = None,
+        teacher: ViT | None = None,
     ) -> None:
         """Prepare the optimiser.
 
@@ -285,36 +285,7 @@ class FineTuner:
         )
 
 
-def distillation(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """Return T^2 * KL(softmax(targets / T) || softmax(logits / T)), averaged over the batch.
-
-    Args:
-        logits: [B, classes] of the student.
-        targets: [B, classes] logits of the teacher.
-        temperature: T.
-    """
-    student = F.log_softmax(logits / temperature, dim=-1)
-    teacher = F.log_softmax(targets / temperature, dim=-1)
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-
-def schedule_factor(step: int, total: int, warmup: float, frozen: float = 0.0) -> float:
-    """Learning rate of step 0, 1, ... as a share of its peak: warm-up, then a cosine to 0.01.
-
-    In the first `frozen` share of all steps it is 0.
-    """
-    if step < int(frozen * total):
-        return 0.0
-    rise = int(warmup * total)
-    if step < rise:
-        return (step + 1) / rise
-    progress = min(1.0, (step - rise) / max(1, total - rise))
-    return 0.01 + 0.99 * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def _groups(
-    vit: PrunableViT, selectors: Sequence[TokenReducer], recipe: Recipe
-) -> list[dict[str, Any]]:
+def _groups(vit: ViT, selectors: Sequence[TokenReducer], recipe: Recipe) -> list[dict[str, Any]]:
     """Return the optimiser's groups: matrices and vectors, then those of untrained selectors."""
     untrained = {id(p) for selector in selectors for p in selector.parameters()}
     groups = []
@@ -326,22 +297,6 @@ def _groups(
             {"params": vectors, "lr": lr, "weight_decay": 0.0},
         ]
     return groups
-
-
-def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
-    """Return the autocast type of training, or None for float32.
-
-    "auto" takes bfloat16 only where the hardware multiplies it natively: elsewhere it is emulated
-    and slower than float32.
-    """
-    if precision == "auto":
-        if device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            features = torch.cpu.get_capabilities()
-            native = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
-        return torch.bfloat16 if native else None
-    return torch.bfloat16 if precision == "bfloat16" else None
 
 
 def _check_finite(total: Tensor, steps: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pruners import PrunableViT
-from pruners.training.fine_tune import autocast_dtype
+from pruners.training.optimisation import autocast_dtype
 from search.data.images import Images, default_cache, open_images
 from search.data.model import image_spec
 from search.data.teacher import Teacher

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pruners import PrunableViT
-from pruners.model.checkpoint import replace_file
+from pruners.model.files import replace_file
 from search.data.augment import Epoch
 from search.data.images import Images
 from search.records.digests import file_digest, json_digest

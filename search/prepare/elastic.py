@@ -21,13 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pruners import Plan, PrunableViT, Pruner
+from pruners.checkpoint import SHAPE, read_description
 from pruners.families.learned import Learned
-from pruners.families.pruner import Scores
-from pruners.model.checkpoint import SHAPE, read_description
-from pruners.model.gates import Learner, LearningData, run
+from pruners.model.types import Scores
+from pruners.model.vit import ViT
 from pruners.subnet import Subnet, shared_scores
 from pruners.training.evaluation import evaluate
-from pruners.training.fine_tune import Recipe, autocast_dtype, distillation, schedule_factor
+from pruners.training.fine_tune import Recipe
+from pruners.training.learner import Learner, LearningData, run
+from pruners.training.optimisation import autocast_dtype, distillation, schedule_factor
 from search.data.images import Images
 from search.data.splits import calibration_batches, open_split, trial_device
 from search.prepare.learning import learning_data
@@ -139,7 +141,7 @@ class Sandwich(Learner):
         drawn = [plans[(2 * self.done + i) % len(plans)] for i in range(PASSES - 2)]
         return [self.smallest, *(Subnet(self.vit, plan, self.scores) for plan in drawn)]
 
-    def _logits(self, vit: PrunableViT, images: Tensor) -> Tensor:
+    def _logits(self, vit: ViT, images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
             return vit(images).float()
 

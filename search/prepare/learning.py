@@ -15,7 +15,7 @@ import torch
 
 from pruners import PrunableViT, Pruner
 from pruners.families.learned import Learned, LearnedPruner
-from pruners.model.gates import LearningData
+from pruners.training.learner import LearningData
 from search.data.images import Images
 from search.data.splits import calibration_batches, open_split, trial_device
 from search.records.digests import json_digest, tensors_digest

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pruners.model.checkpoint import replace_file
+from pruners.model.files import replace_file
 from search.records.files import read_front
 from search.records.front import Front, cost_of_record
 from search.records.front_diff import change

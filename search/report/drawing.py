@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.spines import Spine
 
-from pruners.model.checkpoint import replace_file
+from pruners.model.files import replace_file
 from search.records.trial_record import TrialRecord
 
 FRONT, REST, DENSE = "#d1495b", "#9aa5b1", "#2f80c3"

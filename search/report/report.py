@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pruners.families.learned import Learned
-from pruners.model.checkpoint import replace_file
+from pruners.model.files import replace_file
 from search.records.files import DONE, read_front, read_trials
 from search.records.journal import Journal
 from search.records.ledger import LEDGER

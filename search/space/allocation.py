@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pruners import Pruner, ViTShape, cost_of
-from pruners.families.pruner import Scores
 from pruners.model.sites import kind_of
+from pruners.model.types import Scores
 
 GRID = 0.025
 """Distance of the budgets at which a method is asked, as a share of the dense cost."""

@@ -1,1 +1,19 @@
-"""What a sweep is: its file, checked. Imports neither torch nor Ray."""
+"""What a sweep is: its file, checked. Imports neither torch nor Ray.
+
+What `cluster` needs of a sweep is here.
+"""
+
+from search.sweep.spec import PASSWORD, Sweep, SweepError
+from search.sweep.toml import load_sweep, problem_line
+from search.sweep.tracking_uri import SQLITE, artifacts_beside, sqlite_file
+
+__all__ = [
+    "PASSWORD",
+    "SQLITE",
+    "Sweep",
+    "SweepError",
+    "artifacts_beside",
+    "load_sweep",
+    "problem_line",
+    "sqlite_file",
+]

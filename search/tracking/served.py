@@ -24,8 +24,9 @@ from mlflow.types import Schema, TensorSpec
 from torch import Tensor
 
 from pruners import PrunableViT
+from pruners.checkpoint import SHAPE, WEIGHTS
 from pruners.export.onnx import OUTPUT, agreement, write_onnx
-from pruners.model.checkpoint import SHAPE, WEIGHTS, replace_file
+from pruners.model.files import replace_file
 from search.data.splits import open_split
 from search.records.atomic import writing_to
 from search.records.digests import DAMAGE, directory_digest, file_digest, read_sealed, sealed

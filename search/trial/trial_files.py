@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from pruners import PrunableViT
-from pruners.model.checkpoint import SHAPE, WEIGHTS
+from pruners.checkpoint import SHAPE, WEIGHTS
 from search.records.atomic import writing_to
 from search.records.digests import DAMAGE, file_digest, json_digest, read_sealed, sealed
 from search.records.trial_record import MODELS, model_name

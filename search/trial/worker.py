@@ -14,7 +14,8 @@ import ray
 import torch
 from torch import Tensor
 
-from pruners.training.fine_tune import NonFiniteLossError, TrainingLeftError
+from pruners.training.fine_tune import TrainingLeftError
+from pruners.training.optimisation import NonFiniteLossError
 from pruners.training.peers import Peers
 from search.data.splits import mixed_seed, trial_device
 from search.sweep.spec import SweepFailedError

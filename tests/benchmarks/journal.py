@@ -8,7 +8,7 @@ from pathlib import Path
 
 from anytime import Ended
 
-from pruners.model.checkpoint import replace_file
+from pruners.model.files import replace_file
 
 
 class Journal:

@@ -27,9 +27,9 @@ from tuning import BATCH, Tuned, Tuning, arguments, cell, dense_model, in_batche
 from pruners import PrunableViT, ViTShape, cost_of, load_method
 from pruners.families.allocation import same_share
 from pruners.families.learned import LearnedPruner
-from pruners.families.pruner import Scores, Thresholds
 from pruners.families.unit import UnitPruner
-from pruners.model.gates import LearningData
+from pruners.model.types import Scores, Thresholds
+from pruners.training.learner import LearningData
 
 BASELINES = ("uniform", "random", "grouped magnitude", "grouped taylor")
 LEARNED: dict[str, tuple[str, dict[str, object]]] = {

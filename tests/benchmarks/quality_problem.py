@@ -25,9 +25,10 @@ from torch import Tensor
 
 from pruners import Plan, PrunableViT, Pruner, cost_of, load_method
 from pruners.families.learned import Learned
-from pruners.model.checkpoint import replace_file
+from pruners.model.files import replace_file
 from pruners.training.evaluation import evaluate
-from pruners.training.fine_tune import FineTuner, NonFiniteLossError, Recipe
+from pruners.training.fine_tune import FineTuner, Recipe
+from pruners.training.optimisation import NonFiniteLossError
 from search.data.augment import Epoch
 from search.data.model import load_model
 from search.data.shards import find_shards

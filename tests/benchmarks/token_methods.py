@@ -26,8 +26,8 @@ from tuning import Tuned, Tuning, arguments, cell, dense_model, in_batches, tune
 from pruners import Plan, PrunableViT, Step, cost_of, load_method
 from pruners.families.learned import Learned, LearnedPruner
 from pruners.model.attention import Attended
-from pruners.model.gates import LearningData
 from pruners.model.tokens import MiddleReducer, Tokens, take_tokens
+from pruners.training.learner import LearningData
 
 METHODS = ("random", "evit", "tome", "dynamic_vit", "spvit", "cait_tokens", "cait")
 

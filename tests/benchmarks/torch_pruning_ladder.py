@@ -22,7 +22,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from pruners import PrunableViT, ViTShape, cost_of
-from pruners.model.checkpoint import read_safetensors
+from pruners.model.files import read_safetensors
 from pruners.model.surgery import cut_to_shape
 
 MOST_HEADS = 0.7

@@ -21,9 +21,9 @@ from tuning import BATCH, SAMPLE, SPEC, dense_model
 
 from pruners import cost_of, load_method
 from pruners.methods.wdpruning import WDPruning
-from pruners.model.gates import LearningData
 from pruners.model.sites import kind_of
 from pruners.training.evaluation import evaluate
+from pruners.training.learner import LearningData
 from search.data.images import open_images
 
 CASES = {

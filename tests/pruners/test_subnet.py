@@ -17,11 +17,12 @@ from torch.func import functional_call
 
 from pruners import Plan, PrunableViT, Pruner, Step, load_method
 from pruners.families.learned import Learned, LearnedPruner
-from pruners.families.pruner import Batches, Scores, method_names
+from pruners.families.pruner import method_names
 from pruners.families.unit import UnitPruner
 from pruners.families.weight import WeightPruner
 from pruners.model.shape import units_kept
 from pruners.model.sites import KINDS, kind_of
+from pruners.model.types import Batches, Scores
 from pruners.subnet import Subnet, shared_scores
 from tests.conftest import VARIANTS, images_for
 

@@ -9,7 +9,7 @@ import torch
 
 from pruners import cost_of, load_method, method_names
 from pruners.families.learned import Learned, LearnedPruner
-from pruners.model.gates import LearningData
+from pruners.training.learner import LearningData
 
 LEARNERS = [name for name in method_names() if isinstance(load_method(name), LearnedPruner)]
 

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from pruners import PrunableViT, load_method
-from pruners.families.pruner import Thresholds
+from pruners.model.types import Thresholds
 from pruners.training.evaluation import evaluate
 from pruners.training.fine_tune import FineTuner, Recipe
 from tests.conftest import TINY, images_for

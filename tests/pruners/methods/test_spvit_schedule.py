@@ -14,10 +14,10 @@ from pruners import Plan, PrunableViT, Step, load_method
 from pruners.latency.phases import Rules, selector_blocks
 from pruners.latency.table import LatencyTable
 from pruners.methods.spvit import with_selectors
-from pruners.model.gates import LearningData
 from pruners.model.tokens import Tokens, split_by_score
 from pruners.training.evaluation import evaluate
 from pruners.training.fine_tune import FineTuner, Recipe
+from pruners.training.learner import LearningData
 from tests.conftest import images_for
 
 

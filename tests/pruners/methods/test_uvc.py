@@ -9,11 +9,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pruners import cost_of, load_method
-from pruners.model.gates import LearningData, run
 from pruners.model.surgery import keep_heads, remove_attention, remove_mlp
 from pruners.model.tokens import Tokens
 from pruners.model.vit import Block
-from pruners.training.fine_tune import distillation
+from pruners.training.learner import LearningData, run
+from pruners.training.optimisation import distillation
 from tests.conftest import images_for
 
 

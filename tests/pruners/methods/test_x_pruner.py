@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pruners import cost_of, load_method
 from pruners.methods.x_pruner import second_difference
-from pruners.model.gates import LearningData, remove_gates, run
+from pruners.model.gates import remove_gates
+from pruners.training.learner import LearningData, run
 from tests.conftest import images_for
 
 

@@ -10,11 +10,9 @@ from torch import nn
 from pruners import Plan, PrunableViT, Step, load_method
 from pruners.model.tokens import Tokens
 from pruners.training.evaluation import evaluate
-from pruners.training.fine_tune import (
-    FineTuner,
+from pruners.training.fine_tune import FineTuner, Recipe, TrainingLeftError
+from pruners.training.optimisation import (
     NonFiniteLossError,
-    Recipe,
-    TrainingLeftError,
     autocast_dtype,
     distillation,
     schedule_factor,

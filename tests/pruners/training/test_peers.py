@@ -12,7 +12,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from pruners.training.fine_tune import FineTuner, NonFiniteLossError, Recipe, TrainingLeftError
+from pruners.training.fine_tune import FineTuner, Recipe, TrainingLeftError
+from pruners.training.optimisation import NonFiniteLossError
 from pruners.training.peers import PeerOutOfMemoryError, Peers
 from tests.conftest import build_tiny
 

@@ -13,7 +13,8 @@ import torch
 import search.data.splits
 from pruners import PrunableViT, ViTShape
 from pruners.training.evaluation import evaluate
-from pruners.training.fine_tune import FineTuner, NonFiniteLossError
+from pruners.training.fine_tune import FineTuner
+from pruners.training.optimisation import NonFiniteLossError
 from search.check import check
 from search.data.images import Images
 from search.data.splits import open_split, trial_device

@@ -8,76 +8,27 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from pruners.families.pruner import ReducesTokens, load_method
 from pruners.model.architecture import MOST_PER_STORED, build, check_size
+from pruners.model.files import load_weights, read_safetensors, replace_file, write_tensors
 from pruners.model.masks import nonzero_mask
 from pruners.model.shape import ViTShape
 from pruners.model.surgery import cut_to_shape
-from pruners.model.vit import PrunableViT
+from pruners.model.vit import ViT
 
 WEIGHTS, SHAPE = "model.safetensors", "shape.json"
 FORMAT = 2
 
-
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Return the tensors of a safetensors file and the `arch` of its metadata, if it has one.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not a safetensors file.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"model {path} does not exist; give a .safetensors file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            arch = json.loads((file.metadata() or {}).get("arch", "null"))
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError, TypeError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"model {path} is not a readable safetensors file ({reason})") from error
-    if arch is not None and not isinstance(arch, dict):
-        raise ValueError(f"model {path} has the arch {arch!r}; give VisionTransformer's arguments")
-    return state, arch
+Model = TypeVar("Model", bound=ViT)
 
 
-def load_weights(vit: torch.nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load a state dict and name what does not fit.
-
-    Raises:
-        ValueError: If a tensor is missing, unknown or of another shape.
-    """
-    own = vit.state_dict()
-    wrong = sorted(own.keys() ^ state.keys())
-    if wrong:
-        kind = "lacks" if wrong[0] in own else "has the unknown tensor"
-        raise ValueError(
-            f"{source} {kind} {_printable(wrong[0])} ({len(wrong)} tensors differ); "
-            "give weights of this architecture"
-        )
-    for name, tensor in own.items():
-        if state[name].shape != tensor.shape:
-            raise ValueError(
-                f"{source}: {name} has shape {tuple(state[name].shape)}; "
-                f"this architecture needs {tuple(tensor.shape)}"
-            )
-        if state[name].is_floating_point() != tensor.is_floating_point():
-            raise ValueError(
-                f"{source}: {name} is {state[name].dtype}; this architecture needs {tensor.dtype}"
-            )
-    vit.load_state_dict(dict(state))
-
-
-def save(vit: PrunableViT, path: Path, measured: Mapping[str, Any]) -> None:
+def save(vit: ViT, path: Path, measured: Mapping[str, Any]) -> None:
     """Write a model; see `PrunableViT.save`.
 
     Raises:
@@ -104,8 +55,8 @@ def save(vit: PrunableViT, path: Path, measured: Mapping[str, Any]) -> None:
     )
 
 
-def load(path: Path) -> PrunableViT:
-    """Open a directory written by `save`, on the CPU; see `PrunableViT.load`.
+def load(path: Path, kind: type[Model]) -> Model:
+    """Open a directory written by `save` as a model of that kind, on the CPU.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -114,7 +65,7 @@ def load(path: Path) -> PrunableViT:
     description = read_description(path)
     state, _ = read_safetensors(path / WEIGHTS)
     try:
-        return _rebuilt(description, state)
+        return _rebuilt(kind, description, state)
     except KeyError as error:
         raise ValueError(
             f"{path / SHAPE} lacks {error}; give what PrunableViT.save writes"
@@ -123,7 +74,9 @@ def load(path: Path) -> PrunableViT:
         raise ValueError(f"{path / SHAPE}: {error}") from error
 
 
-def _rebuilt(description: Mapping[str, Any], state: Mapping[str, Tensor]) -> PrunableViT:
+def _rebuilt(
+    kind: type[Model], description: Mapping[str, Any], state: Mapping[str, Tensor]
+) -> Model:
     arch, given = description["arch"], description["input"]
     shape = ViTShape.from_json(description["shape"])
     name, args = arch["name"], arch["args"]
@@ -132,7 +85,7 @@ def _rebuilt(description: Mapping[str, Any], state: Mapping[str, Tensor]) -> Pru
     stored = sum(tensor.numel() for tensor in state.values())
     check_size(name, args, most=MOST_PER_STORED * stored)
     statistics = {key: _per_channel(key, given[key], shape.channels) for key in ("mean", "std")}
-    vit = PrunableViT(**{**build(name, args), **statistics})
+    vit = kind(**{**build(name, args), **statistics})
     cut_to_shape(vit, shape)
     if (step := description["token_step"]) is not None:
         method, thresholds = step["method"], dict(step["thresholds"])
@@ -166,10 +119,6 @@ def _per_channel(key: str, values: object, channels: int) -> tuple[float, ...] |
     return tuple(float(value) for value in values)
 
 
-def _printable(name: str) -> str:
-    return name if name.isprintable() else repr(name)
-
-
 def read_description(path: Path) -> dict[str, Any]:
     """Return the content of `shape.json` in a saved model's directory.
 
@@ -191,22 +140,3 @@ def read_description(path: Path) -> dict[str, Any]:
             f"{file} is not of format {FORMAT}; this version reads format {FORMAT} only"
         )
     return description
-
-
-def write_tensors(
-    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
-) -> None:
-    """Write a safetensors file.
-
-    Raises:
-        OSError: If it cannot be written; safetensors' own writer raises an error of its own.
-    """
-    content = safetensors_bytes(tensors, metadata)
-    replace_file(path, lambda temporary: temporary.write_bytes(content))
-
-
-def replace_file(target: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under a temporary name and rename it, so that it is whole or not there."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    write(temporary)
-    os.replace(temporary, target)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from pruners import Plan, PrunableViT, Step, load_method
-from pruners.model.checkpoint import read_description
+from pruners.checkpoint import read_description
 from tests.conftest import TINY, images_for
 
 
