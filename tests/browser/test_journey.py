@@ -19,7 +19,7 @@ from pruners import PrunableViT
 from search.records.files import read_front
 from search.records.front import Front
 from search.tracking.runs import local_uri
-from tests.browser.conftest import Demo, keep, python, server
+from tests.browser.demo import Demo, keep, python, server
 from tests.browser.readme import block, blocks
 
 STEP = "3. Approve a model"
