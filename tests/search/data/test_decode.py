@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from search import decode as module
+from search.data import decode as module
 from search.data.decode import Corrupt, ImageSpec, decode, decode_all
 from tests.images import png, random_pixels
 

@@ -13,10 +13,10 @@ import torch.multiprocessing as mp
 
 from pruners.training.fine_tune import FineTuner
 from pruners.training.peers import Peers
-from search import member as together
 from search.records.ledger import Ledger
 from search.strategy.searcher import PlanSearcher
 from search.sweep.toml import load_sweep
+from search.trial import worker as together
 from search.trial.inputs import TrialInputs
 from search.trial.memory import is_out_of_memory
 from search.trial.preemption import ToldToEndError
