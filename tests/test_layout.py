@@ -19,11 +19,14 @@ MIRRORING = [
 
 
 def mirrors(file: str, root: Path = ROOT) -> bool:
-    """Whether `folder/test_x.py` or `folder/test_x_more.py` has a source `folder/x` beside it."""
+    """Whether `folder/test_x.py` or `folder/test_x_more.py` has a source `folder/x`.
+
+    Or a folder of data beside it, which says that it is about what lies there.
+    """
     folder, _, name = file.rpartition("/")
     words = name.removesuffix(".py").split("_")[1:]
     names = ["_".join(words[:count]) for count in range(1, len(words) + 1)]
-    return any(
+    return (root / "tests" / folder / "_".join(words)).is_dir() or any(
         (root / folder / source).exists()
         for name in names
         for source in (f"{name}.py", f"__{name}__.py", name)
@@ -59,6 +62,7 @@ def test_no_test_is_a_library(file: str) -> None:
         ("search/records/test_front.py", True),
         ("search/records/test_front_of_many.py", True),
         ("cluster/test_deploy_ray.py", True),  # a folder
+        ("search/test_kept_sweeps.py", True),
         ("search/test_front.py", False),
         ("search/records/test_frontier.py", False),
     ],
