@@ -16,7 +16,7 @@ from mlflow.tracking import MlflowClient
 
 from search.records.files import read_front, read_trials
 from search.records.journal import Journal
-from search.tracking.runs import local_uri
+from search.tracking.addresses import local_uri
 from tests.conftest import write_sweep
 
 ROOT = Path(__file__).parents[2]

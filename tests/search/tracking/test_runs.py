@@ -16,7 +16,9 @@ from search.records.front import build_front
 from search.records.ledger import METRICS
 from search.records.trial_record import TrialRecord
 from search.sweep.spec import Budget, DataSpec, ModelSpec, StepSpec, Sweep, SweepError
-from search.tracking.runs import SweepRuns, local_uri, trial_params, ui_command
+from search.tracking.addresses import local_uri, ui_command
+from search.tracking.params import trial_params
+from search.tracking.runs import SweepRuns
 from tests.conftest import build_tiny
 from tests.search.records.test_files import DENSE, record
 
