@@ -18,8 +18,8 @@ from playwright.sync_api import Frame, Page, expect
 from pruners import PrunableViT
 from search.records.files import read_front
 from search.records.front import Front
-from search.tracking.runs import local_uri
-from tests.browser.conftest import Demo, keep, python, server
+from search.tracking.addresses import local_uri
+from tests.browser.demo import Demo, keep, python, server
 from tests.browser.readme import block, blocks
 
 STEP = "3. Approve a model"

@@ -13,16 +13,16 @@ import torch.multiprocessing as mp
 
 from pruners.training.fine_tune import FineTuner
 from pruners.training.peers import Peers
-from search import member as together
 from search.records.ledger import Ledger
 from search.strategy.searcher import PlanSearcher
 from search.sweep.toml import load_sweep
+from search.trial import worker as together
 from search.trial.inputs import TrialInputs
 from search.trial.memory import is_out_of_memory
 from search.trial.preemption import ToldToEndError
 from search.trial.trial import PlanTrial
 from search.trial.worker import Member
-from tests.conftest import write_sweep
+from tests.sweeps import write_sweep
 
 pytestmark = pytest.mark.slow
 
