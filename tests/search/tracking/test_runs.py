@@ -15,7 +15,8 @@ from PIL import Image
 from search.records.front import build_front
 from search.records.ledger import METRICS
 from search.records.trial_record import TrialRecord
-from search.sweep.spec import Budget, DataSpec, ModelSpec, StepSpec, Sweep, SweepError
+from search.sweep.parts import Budget, DataSpec, ModelSpec, StepSpec
+from search.sweep.spec import Sweep, SweepError
 from search.tracking.addresses import local_uri, ui_command
 from search.tracking.params import trial_params
 from search.tracking.runs import SweepRuns
