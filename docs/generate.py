@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from search.sweep import spec
+from search.sweep import parts, spec
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -30,13 +30,13 @@ BY_HAND = "<!-- Written by `python docs/generate.py`; do not edit. -->"
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 PARTS = {
-    "model": spec.ModelSpec,
-    "data": spec.DataSpec,
-    "steps": spec.StepSpec,
-    "finetune": spec.FineTuneSpec,
-    "halving": spec.Halving,
-    "constraints": spec.Constraints,
-    "resources": spec.Resources,
+    "model": parts.ModelSpec,
+    "data": parts.DataSpec,
+    "steps": parts.StepSpec,
+    "finetune": parts.FineTuneSpec,
+    "halving": parts.Halving,
+    "constraints": parts.Constraints,
+    "resources": parts.Resources,
 }
 """Key of a sweep -> what the table of that name holds, in the order of the page."""
 
@@ -53,7 +53,7 @@ def sweep_keys() -> str:
         "line that names the key. `--set KEY=VALUE` overrides any key for one run: values are",
         "TOML, keys of a table are dotted (`--set trials=40 data.batch_size=32 'name=\"mine\"'`).",
         "",
-        "Keys without a default must be given.",
+        "What is required must be given; all else may be left out.",
         "",
         "## Top level",
         "",
@@ -141,13 +141,12 @@ def pages() -> dict[Path, str]:
 
 
 def _table_of_fields(model: type[BaseModel]) -> list[str]:
-    comments = _comments(model)
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for key, field in model.model_fields.items():
-        if model is spec.StepSpec and key == "options":
+        if model is parts.StepSpec and key == "options":
             continue
-        text = field.description or comments.get(key, "")
-        row = (f"`{key}`", _type_of(key, field), _default_of(key, field), _cell(text))
+        told = _cell(field.description or "")
+        row = (f"`{key}`", _type_of(key, field), _default_of(key, field), told)
         lines.append(f"| {' | '.join(row)} |")
     return lines
 
@@ -245,20 +244,6 @@ def _attributes(method: type) -> dict[str, str]:
         for name, text in re.findall(r"(?ms)^    (\w+): (.*?)(?=^    \w+: |\Z)", section):
             told.setdefault(name, text)
     return told
-
-
-def _comments(model: type[BaseModel]) -> dict[str, str]:
-    """Return the comments beside the fields of a model, or in lines of their own above them."""
-    comments: dict[str, str] = {}
-    above: list[str] = []
-    for line in map(str.strip, inspect.getsource(model).splitlines()):
-        if line.startswith("#"):
-            above.append(line.lstrip("# "))
-            continue
-        if field := re.match(r"(\w+): .*?(?:  # (.*))?$", line):
-            comments[field[1]] = " ".join([*above, field[2] or ""]).strip()
-        above = []
-    return comments
 
 
 def main() -> None:

@@ -14,7 +14,8 @@ from pruners import Pruner, ViTShape, load_method
 from pruners.families.learned import LearnedPruner
 from pruners.model.sites import KINDS, kind_of
 from search.space.allocation import OwnShares, everything
-from search.sweep.spec import StepSpec, SweepError
+from search.sweep.parts import StepSpec
+from search.sweep.spec import SweepError
 
 Parameters = dict[str, float | bool | str]
 """What an Optuna trial samples, by name."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from search.sweep.spec import METHODS
+from search.sweep.parts import METHODS
 from tests.docs.pages import ROOT, text_of
 
 AGAIN = "run `python docs/generate.py`"
@@ -27,11 +27,12 @@ def test_the_pages_are_up_to_date(generate: dict[str, Any]) -> None:
 
 
 def test_every_key_of_a_sweep_has_a_row(generate: dict[str, Any]) -> None:
+    """A row with a type, a default and a meaning."""
     page = text_of("docs/sweep-keys.md")
     for heading, model in {"Top level": generate["spec"].Sweep, **generate["PARTS"]}.items():
         title = {"Top level": heading, "steps": "`[[steps]]`"}.get(heading, f"`[{heading}]`")
         section = page.partition(f"## {title}\n")[2].partition("\n## ")[0]
-        rows = re.findall(r"(?m)^\| `(\w+)` \| (.+?) \| (.+?) \|", section)
+        rows = re.findall(r"(?m)^\| `(\w+)` \| (.+?) \| (.+?) \| (.+?) \|$", section)
         assert [row[0] for row in rows] == [k for k in model.model_fields if k != "options"]
 
 

@@ -7,7 +7,7 @@ import tomllib
 
 import pytest
 
-from search.sweep import spec
+from search.sweep import parts, spec
 from tests.docs.pages import PAGES, ROOT, blocks, names_in, resolves, spans, text_of
 
 NOW = [page for page in PAGES if page != "CHANGELOG.md"]  # which also tells what was
@@ -58,8 +58,8 @@ def test_a_name_that_is_gone_is_found() -> None:
 
 def keys() -> set[str]:
     """Return every key of a sweep, and every option of a method."""
-    models = (spec.Sweep, spec.ModelSpec, spec.DataSpec, spec.StepSpec, spec.FineTuneSpec)
-    models += (spec.Halving, spec.Constraints, spec.Resources)
+    models = (spec.Sweep, parts.ModelSpec, parts.DataSpec, parts.StepSpec, parts.FineTuneSpec)
+    models += (parts.Halving, parts.Constraints, parts.Resources)
     options = re.findall(r"(?m)^\| `(\w+)` \|", text_of("docs/method-options.md"))
     return {key for model in models for key in model.model_fields} | set(options)
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from search.sweep.spec import METHODS
+from search.sweep.parts import METHODS
 from tests.docs.pages import FENCE, PAGES, text_of
 
 README = text_of("README.md")

@@ -19,7 +19,8 @@ from search.space.step import (
     refined,
     space_step,
 )
-from search.sweep.spec import StepSpec, SweepError
+from search.sweep.parts import StepSpec
+from search.sweep.spec import SweepError
 
 NEURON = "blocks.1.mlp.neuron"
 
