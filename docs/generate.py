@@ -220,7 +220,7 @@ def _cell(text: str) -> str:
 
 
 def _summary(described: type) -> str:
-    return inspect.getdoc(described).partition("\n\n")[0].replace("\n", " ")  # type: ignore[union-attr]
+    return (inspect.getdoc(described) or "").partition("\n\n")[0].replace("\n", " ")
 
 
 def _method_class(name: str) -> type:
