@@ -76,14 +76,13 @@ PROGRAM = re.compile(r"(python -m (?:search|cluster)|prunefront) ")
 
 
 def commands() -> list[tuple[str, str]]:
-    """Return each command of this project in a block, and in a sentence if it is a whole one."""
-    found = [
-        (str(block), line.strip().removeprefix("$ "))
+    """Return each command of this project in a block, also behind what a program prints."""
+    return [
+        (str(block), line[found.start() :])
         for block in blocks("")
         for line in lines_of(block)
-        if PROGRAM.search(line)
+        if (found := PROGRAM.search(line))
     ]
-    return [(place, line[PROGRAM.search(line).start() :]) for place, line in found]  # type: ignore[union-attr]
 
 
 def arguments(command: str) -> tuple[str, list[str]]:
