@@ -12,7 +12,8 @@ from torch import Tensor
 
 from pruners import PrunableViT
 from pruners.training.optimisation import autocast_dtype
-from search.data.images import Images, default_cache, open_images
+from search.data.cache import default_cache
+from search.data.images import Images, open_images
 from search.data.model import image_spec
 from search.data.teacher import Teacher
 from search.sweep.spec import Sweep
