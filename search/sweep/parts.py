@@ -74,7 +74,7 @@ class DataSpec(Part):
     cache_gb: float = Field(8.0, ge=0.0)
     """Largest decoded split, in GB, that is cached; larger ones are decoded as they are read."""
     teacher_gb: float = Field(8.0, ge=0.0)
-    """Largest file of the dense model's answers, in GB; if larger, it is evaluated live."""
+    """Room for the dense model's answers per node, in GB; what does not fit is evaluated live."""
     max_corrupt: int = Field(0, ge=0)
     """Images per split that may be unreadable."""
 
@@ -163,7 +163,7 @@ class FineTuneSpec(Part):
     augment: bool = True
     """Whether training images are cropped and flipped at random."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the training; `auto` is bfloat16 on GPUs that have it, else float32."""
+    """Arithmetic of the training; `auto` is bfloat16 where the hardware has it, else float32."""
     selector_lr: Positive = 1e-3
     """Peak learning rate of token selectors, which start untrained."""
     selector_alone: Share = 0.0

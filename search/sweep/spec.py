@@ -55,7 +55,7 @@ class Sweep(Part):
     data: DataSpec
     """Labelled images."""
     steps: tuple[StepSpec, ...] = Field(min_length=1)
-    """Methods that a plan applies, in this order; those that learn come first."""
+    """Methods of a plan, in the order unit, token, weight; at most one that learns in a trial."""
     budget: Budget
     """Range that the cost of every trained trial lies in: [low, high], shares of the dense cost."""
     cost: Literal["effective_gmacs", "gmacs", "latency"] = "effective_gmacs"
