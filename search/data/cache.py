@@ -1,6 +1,6 @@
 """The cache of decoded images: an Arrow file per split and node, which its processes share.
 
-Beside each file lies a note that says that it is whole; without one it is decoded again.
+A file without its note, or that differs from it, is decoded again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def fits_cache(shards: Shards, spec: ImageSpec, cache_gb: float) -> bool:
 
 
 def write_decoded(path: Path, shards: Shards, spec: ImageSpec, corrupt: Corrupt) -> None:
-    """Decode a split into an Arrow file, and a note beside it that says that the file is whole.
+    """Decode a split into an Arrow file, and note its rows, labels and corrupt images beside it.
 
     Args:
         path: The file.
