@@ -21,8 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0; 1 if a sweep failed, 2 if what was given is wrong, 3 if its front is smaller than the
-        one it started from, 130 if it was interrupted.
+        0; 1 if a sweep failed, 2 if an argument or a file is wrong, 3 if its front is smaller than
+        the one it started from, 130 if it was interrupted.
     """
     args = _parser().parse_args(arguments)
     try:
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     sweep = load_sweep(args.sweep, args.set)
     check_files(sweep)
-    # What needs torch and Ray comes after what can go wrong without them.
+    # Imports of torch and Ray take seconds: errors that need neither come first.
     from search.run import run
 
     return run(sweep, sys.stdout)

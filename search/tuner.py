@@ -16,7 +16,7 @@ from ray import tune
 
 from pruners import PrunableViT
 from pruners.families.learned import Learned
-from search.data.fingerprint import identity
+from search.data.fingerprint import fingerprint
 from search.data.shards import Shards, find_shards
 from search.finish import finish
 from search.prepare.elastic import ElasticStart, tune_elastic
@@ -72,7 +72,7 @@ def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) ->
         ledger = Ledger(sweep, may_write=lease.check)
         runs = SweepRuns.open(sweep, dense.shape(), lease.check, earlier)
         ledger.begin()
-        digests = identity(sweep, dense)
+        digests = fingerprint(sweep, dense)
         ledger.identify(digests)
         val = val_shards(sweep)
         ledger.add_once("classes", names=list(val.classes))
