@@ -9,11 +9,10 @@ from __future__ import annotations
 import base64
 import difflib
 import hashlib
-import importlib
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     package, _ = VERBS[verb]
     try:
         refuse_others()
-        code: int = importlib.import_module(f"{package}.__main__").main(arguments, "prunefront")
+        return _program(package)(arguments, "prunefront")
     except ClashError as error:
         return _refuse(str(error))
     except ModuleNotFoundError as error:
@@ -72,7 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"prunefront {verb} needs {missing}, which is not installed; "
             f"pip install 'prunefront[{package}]'"
         )
-    return code
+
+
+def _program(package: str) -> Callable[[Sequence[str], str], int]:
+    """Return the program of a package, which is imported only now."""
+    if package == "search":
+        from search.__main__ import main as program
+    else:
+        from cluster.__main__ import main as program
+    return program
 
 
 def usage() -> str:
