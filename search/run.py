@@ -17,7 +17,7 @@ from search.records.front_diff import change
 from search.report.progress import front_table, headline
 from search.sweep.shipped import ROOT
 from search.sweep.spec import Sweep
-from search.tracking.runs import page_address, ui_command
+from search.tracking.addresses import page_address, ui_command
 
 PACKAGES = ("search", "pruners")
 """Packages that Ray's workers import."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from search.sweep.spec import (
+from search.sweep.parts import (
     Budget,
     Constraints,
     DataSpec,
@@ -23,9 +23,8 @@ from search.sweep.spec import (
     ModelSpec,
     Resources,
     StepSpec,
-    Sweep,
-    SweepError,
 )
+from search.sweep.spec import Sweep, SweepError
 
 
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:

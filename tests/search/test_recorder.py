@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +12,11 @@ from search import recorder as module
 from search.recorder import Recorder
 from search.records.files import read_front, read_trials
 from search.records.front import build_front
-from search.records.ledger import METRICS, Ledger
+from search.records.ledger import Ledger
 from search.report.progress import Progress
 from search.sweep.spec import Sweep, SweepFailedError
 from search.sweep.toml import load_sweep
-
-PLAN = {"steps": [{"method": "magnitude", "options": {}, "thresholds": {"blocks.0.mlp.fc1": 0.5}}]}
+from tests.search.recorded import DENSE, Clock, result, trial_of
 
 
 class Logged:
@@ -37,14 +34,6 @@ class Logged:
         return [call[1:] for call in self.calls if call[0] == name]
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def sweep(sweep_file: Path) -> Sweep:
     sweep = load_sweep(sweep_file, ["constraints.max_drop=20.0"])
@@ -56,37 +45,6 @@ def make(sweep: Sweep, clock: Clock | None = None) -> Recorder:
     progress = Progress(io.StringIO(), trials=9, epochs=1)
     calls: Any = [Logged(), Logged()]  # of the tracker and of the searcher
     return Recorder(Ledger(sweep), calls[0], progress, calls[1], clock or Clock())
-
-
-def trial_of(name: str, ratio: float = 0.5, origin: str = "search", of: str = "") -> Any:
-    config = {
-        "trial": name,
-        "origin": origin,
-        "epochs": 1,
-        "plan": json.dumps({"steps": []} if origin == "dense" else PLAN),
-        "cost_ratio": ratio,
-        "parameters": {"budget": ratio},
-        "of": of,
-        "seed": 0,
-    }
-    return SimpleNamespace(config=config, trial_id=f"ray-{name}", error_file=None)
-
-
-def result(trial: Any, top1: float, epoch: int = 0, status: str = "finished") -> dict[str, Any]:
-    ratio = trial.config["cost_ratio"]
-    return {
-        **dict.fromkeys(METRICS, 1.0),
-        "trial": trial.config["trial"],
-        "epoch": epoch,
-        "status": status,
-        "reason": "",
-        "val_top1": top1,
-        "gmacs": ratio,
-        "effective_gmacs": ratio,
-        "params": 1000,
-        "shape": json.dumps({"blocks": []}),
-        "by_class": [top1, None],
-    }
 
 
 def fails(trial: Any, said: str) -> None:
@@ -106,9 +64,6 @@ def run(recorder: Recorder, trial: Any, top1: float, status: str = "finished") -
     start(recorder, trial)
     recorder.on_trial_result(0, [], trial, result(trial, top1, status=status))
     recorder.on_trial_complete(0, [], trial)
-
-
-DENSE = trial_of("0000", 1.0, "dense")
 
 
 def test_a_trial_from_start_to_end(sweep: Sweep) -> None:

@@ -11,7 +11,7 @@ from search.records.journal import Journal
 from search.records.ledger import METRICS, Ledger, new_record
 from search.sweep.spec import Sweep
 from search.sweep.toml import load_sweep
-from tests.search.test_recorder import DENSE, Clock, result, trial_of
+from tests.search.recorded import DENSE, Clock, result, trial_of
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import math
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +18,6 @@ from search.records.pareto import front, hypervolume
 from search.strategy.moasha import MoAsha, Rung
 from search.strategy.rungs import Floats, bracket_of
 
-ROOT = Path(__file__).parents[3]
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
 
 

@@ -13,17 +13,7 @@ from search.records.digests import json_digest
 from search.records.trial_record import model_path
 from search.sweep.spec import SweepFailedError
 from search.trial.trial_files import DECISIVE, TrialFiles, check_model
-
-CONFIG = {
-    "trial": "0007",
-    "plan": '{"steps": []}',
-    "origin": "search",
-    "epochs": 3,
-    "seed": 0,
-    "learned": "",
-    "cost_ratio": 0.5,
-    "parameters": {"budget": 0.5},
-}
+from tests.search.trial_config import CONFIG
 
 
 def tuner(steps: int = 0, **state: object) -> dict:

@@ -22,7 +22,7 @@ from search.trial.memory import is_out_of_memory
 from search.trial.preemption import ToldToEndError
 from search.trial.trial import PlanTrial
 from search.trial.worker import Member
-from tests.conftest import write_sweep
+from tests.sweeps import write_sweep
 
 pytestmark = pytest.mark.slow
 
