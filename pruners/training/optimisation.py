@@ -53,7 +53,8 @@ def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | 
         if device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            features = torch.cpu.get_capabilities()
+            # Where torch is too old to say what the CPU has, float32 is right on any.
+            features: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
             native = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
         return torch.bfloat16 if native else None
     return torch.bfloat16 if precision == "bfloat16" else None

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 from pydantic import ValidationError
 
 from search.sweep.parts import (
@@ -52,6 +51,8 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
 
 def sweep_toml(sweep: Sweep) -> str:
     """Return a sweep as TOML that `load_sweep` reads as an equal sweep."""
+    import tomli_w  # who only submits sweeps writes none
+
     values = sweep.model_dump(exclude_none=True, mode="json")
     values["budget"] = [sweep.budget.low, sweep.budget.high]
     for step in values["steps"]:
