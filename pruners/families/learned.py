@@ -90,6 +90,14 @@ class Learned:
         return cls(**found, report=report)
 
 
+class UnitLearner(Learner, abc.ABC):
+    """The learning run of a method, which says in the end what was learned."""
+
+    @abc.abstractmethod
+    def conclude(self, data: LearningData) -> Learned:
+        """Return what was learned. The run is over then: the model may lose its gates."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LearnedPruner(UnitPruner, abc.ABC):
     """A unit method that learns.
@@ -128,12 +136,8 @@ class LearnedPruner(UnitPruner, abc.ABC):
             )
 
     @abc.abstractmethod
-    def learner(self, vit: ViT, data: LearningData) -> Learner:
+    def learner(self, vit: ViT, data: LearningData) -> UnitLearner:
         """Start a run on a model that is the run's own."""
-
-    @abc.abstractmethod
-    def conclude(self, learner: Learner, data: LearningData) -> Learned:
-        """Return what a run learned."""
 
     def learns_for_a_budget(self) -> bool:
         """Whether another budget needs another run."""
@@ -167,7 +171,7 @@ class LearnedPruner(UnitPruner, abc.ABC):
             torch.manual_seed(self.seed)
             learner = self.learner(own, data)
             run(learner, data, self.total_epochs(), self.seed, checkpoint)
-            learned = self.conclude(learner, data)
+            learned = learner.conclude(data)
         seconds = time.perf_counter() - start
         return Learned(
             scores={site: s.detach().float().cpu() for site, s in learned.scores.items()},

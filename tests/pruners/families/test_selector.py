@@ -68,7 +68,7 @@ def test_sites_are_the_papers_places_or_those_of_the_option(tiny) -> None:
 
 @pytest.mark.parametrize("blocks", [(0,), (-1, 2), (3, 3), (2.0,), ("3",), (True,)])
 def test_blocks_that_cannot_be_are_refused(blocks: tuple[object, ...]) -> None:
-    with pytest.raises(ValueError, match=r"option blocks of test_selector_pruner is \[.*different"):
+    with pytest.raises(ValueError, match=r"option blocks of test_selector is \[.*different"):
         First(blocks=blocks)
 
 
