@@ -32,7 +32,8 @@ from search.records.journal import Journal
 from search.records.ledger import METRICS, Ledger
 from search.sweep.toml import load_sweep
 from search.tracking.note import note
-from search.tracking.runs import RUNS, SweepRuns
+from search.tracking.run_ids import RUNS
+from search.tracking.runs import SweepRuns
 from tests.fuzz_format import Format, either
 from tests.images import png, random_pixels, write_images
 from tests.mutations import ODD, Random, damaged, damaged_json, odd_values

@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 from pruners import Plan
 from search.records.journal import Journal
 from search.records.ledger import METRICS, Ledger
-from search.space.space import Space
+from search.space.build import build_space
 from search.strategy.confirm import standard_error, to_confirm, to_train_long
 from search.strategy.searcher import PlanSearcher
 from search.sweep.spec import Sweep, SweepError, SweepFailedError
@@ -57,7 +57,7 @@ def searcher(tiny, tmp_path: Path) -> Callable[..., PlanSearcher]:
             }
         )
         sweep.directory.mkdir(parents=True, exist_ok=True)
-        space = Space(sweep, tiny().shape())
+        space = build_space(sweep, tiny().shape())
         clock = clock or Clock()
         ledger = Ledger(sweep, clock)
         ledger.begin()
