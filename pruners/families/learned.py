@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pruners.families.allocation import common_cutoff
+from pruners.families.options import LARGEST_SEED, option
 from pruners.families.unit import UnitPruner
 from pruners.model.cost import cost_of
 from pruners.model.files import load_weights, write_tensors
@@ -117,23 +118,10 @@ class LearnedPruner(UnitPruner, abc.ABC):
     whole_kinds: ClassVar[tuple[str, ...]] = ()
     """Kinds of which `allocate` may take a site's last unit too."""
 
-    epochs: int = 4
-    lr: float = 5e-4
+    epochs: int = option(4, low=1)
+    lr: float = option(5e-4, above=0.0)
     keep_weights: bool = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        if self.epochs < 1:
-            raise ValueError(f"option epochs of {self.name} is {self.epochs}; give at least 1")
-        if not self.lr > 0.0:
-            raise ValueError(f"option lr of {self.name} is {self.lr}; give more than 0")
-        if not 0.0 < getattr(self, "budget", 0.5) < 1.0:
-            raise ValueError(
-                f"option budget of {self.name} is {self.options()['budget']}; "
-                "give a share of the dense cost, 0 < budget < 1"
-            )
+    seed: int = option(0, low=0, high=LARGEST_SEED)
 
     @abc.abstractmethod
     def learner(self, vit: ViT, data: LearningData) -> UnitLearner:

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from pruners.families.allocation import rank_globally
 from pruners.families.learned import Learned, LearnedPruner, UnitLearner, model_tensors
+from pruners.families.options import option
 from pruners.families.unit import highest, slice_scores
 from pruners.model.cost import cost_of
 from pruners.model.gates import SLOTS, Gate, remove_gates
@@ -77,27 +78,14 @@ class CaitChannels(LearnedPruner):
     """
 
     units: tuple[str, ...] = ("qk_dim", "v_dim", "neuron")
-    budget: float = 0.5
-    decisions: int = 20
-    ramp: float = 0.65
-    ema: float = 0.9
-    distill: float = 0.5
-    least_dims: int = 8
-    least_neurons: float = 0.25
+    budget: float = option(0.5, above=0.0, below=1.0)
+    decisions: int = option(20, low=1)
+    ramp: float = option(0.65, low=0.05, high=1.0)
+    ema: float = option(0.9, low=0.0, high=1.0)
+    distill: float = option(0.5, low=0.0)
+    least_dims: int = option(8, low=1)
+    least_neurons: float = option(0.25, low=0.0, high=1.0)
     lr: float = 1e-4
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        ranges = {"ramp": (0.05, 1.0), "ema": (0.0, 1.0), "least_neurons": (0.0, 1.0)}
-        ranges |= dict.fromkeys(("decisions", "least_dims"), (1.0, math.inf))
-        ranges["distill"] = (0.0, math.inf)
-        for option, (least, most) in ranges.items():
-            if not least <= getattr(self, option) <= most:
-                raise ValueError(
-                    f"option {option} of {self.name} is {getattr(self, option)}; "
-                    f"give a number from {least:g} to {most:g}"
-                )
 
     @classmethod
     def kinds(cls) -> tuple[str, ...]:

@@ -25,14 +25,14 @@ the budget. The paper trains for 30 epochs of ImageNet; so that runs of 60 to 10
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruners.families.learned import Learned, LearnedPruner, UnitLearner, model_tensors
+from pruners.families.options import option
 from pruners.model.cost import cost_of
 from pruners.model.gates import add_gates, hard, remove_gates
 from pruners.model.relaxed import CompressedBlock
@@ -83,31 +83,23 @@ class UVC(LearnedPruner):
     whole_kinds = ("ragged_v_dim",)
 
     units: tuple[str, ...] = ("ragged_v_dim", "neuron", "block")
-    budget: float = 0.5
-    distill: float = 0.5
-    temperature: float = 1.0
-    masked: float = 0.5
-    gates_from: float = 0.15
-    coarse_until: float = 0.3
-    width_lr: float = 4.0
-    gate_lr: float = 60.0
-    dual_lr: float = 4.0
-    price_lr: float = 16.0
-    damping: float = 4.0
-    gate_price: float = 2.0
-    prox_lr: float = 20.0
+    budget: float = option(0.5, above=0.0, below=1.0)
+    distill: float = option(0.5, low=0.0, high=1.0)
+    temperature: float = option(1.0, low=0.1)
+    masked: float = option(0.5, low=0.0, high=1.0)
+    gates_from: float = option(0.15, low=0.0)
+    coarse_until: float = option(0.3, low=0.0)
+    width_lr: float = option(4.0, low=0.0)
+    gate_lr: float = option(60.0, low=0.0)
+    dual_lr: float = option(4.0, low=0.0)
+    price_lr: float = option(16.0, low=0.0)
+    damping: float = option(4.0, low=0.0)
+    gate_price: float = option(2.0, low=0.0)
+    prox_lr: float = option(20.0, low=0.0)
 
     def __post_init__(self) -> None:
-        """Check the options."""
+        """Check also that the phases of the run follow on each other."""
         super().__post_init__()
-        for option in (f.name for f in fields(UVC) if isinstance(f.default, float)):
-            least = 0.1 if option == "temperature" else 0.0
-            most = 1.0 if option in ("distill", "masked") else math.inf
-            if not least <= getattr(self, option) <= most:
-                raise ValueError(
-                    f"option {option} of {self.name} is {getattr(self, option)}; "
-                    f"give a number from {least:g} to {most:g}"
-                )
         if not self.gates_from <= self.coarse_until <= 1.0 - self.masked:
             raise ValueError(
                 f"option coarse_until of {self.name} is {self.coarse_until}; give "

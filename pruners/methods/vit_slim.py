@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from pruners.families.allocation import out_of_reach, smallest
 from pruners.families.learned import Learned, LearnedPruner, UnitLearner, model_tensors
+from pruners.families.options import option
 from pruners.families.token import put_reducers
 from pruners.model.cost import cost_of
 from pruners.model.gates import add_gates, fold_gates, remove_gates
@@ -63,22 +64,11 @@ class ViTSlim(LearnedPruner):
     """
 
     units: tuple[str, ...] = ("ragged_dim", "neuron")
-    attn_l1: float = 2e-3
-    mlp_l1: float = 5e-4
-    patch_l1: float = 1e-3
-    travel: float = 4.0
+    attn_l1: float = option(2e-3, low=0.0)
+    mlp_l1: float = option(5e-4, low=0.0)
+    patch_l1: float = option(1e-3, low=0.0)
+    travel: float = option(4.0, above=0.0)
     lr: float = 2e-4
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        for name in ("attn_l1", "mlp_l1", "patch_l1"):
-            if getattr(self, name) < 0.0:
-                raise ValueError(
-                    f"option {name} of {self.name} is {getattr(self, name)}; give at least 0"
-                )
-        if not self.travel > 0.0:
-            raise ValueError(f"option travel of {self.name} is {self.travel}; give more than 0")
 
     @classmethod
     def kinds(cls) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruners.families.learned import Learned, LearnedPruner, UnitLearner, model_tensors
+from pruners.families.options import option
 from pruners.model.exits import Exit
 from pruners.model.gates import add_gates, hard, remaining_weights, remove_gates
 from pruners.model.shape import ViTShape
@@ -79,15 +80,15 @@ class WDPruning(LearnedPruner):
 
     units: tuple[str, ...] = ("head", "neuron", "attn_out", "mlp_out", "block")
     lr: float = 2e-4
-    budget: float = 0.5
-    exits: tuple[int, ...] = ()
-    max_drop: float = 1.0
-    exit_lr: float = 2e-3
-    threshold_lr: float = 50.0
-    multiplier_lr: float = 1e7
+    budget: float = option(0.5, above=0.0, below=1.0)
+    exits: tuple[int, ...] = option((), low=1)
+    max_drop: float = option(1.0, low=0.0)
+    exit_lr: float = option(2e-3, low=0.0)
+    threshold_lr: float = option(50.0, low=0.0)
+    multiplier_lr: float = option(1e7, low=0.0)
 
     def __post_init__(self) -> None:
-        """Check the options."""
+        """Check also that the kinds of units and the exits fit together."""
         super().__post_init__()
         if self.units == ("block",):
             raise ValueError(f"option units of {self.name} is ['block']; give a kind of width too")
@@ -96,11 +97,6 @@ class WDPruning(LearnedPruner):
                 f"option exits of {self.name} is {list(self.exits)}, but units lacks 'block'; "
                 "give both or neither"
             )
-        for option in ("max_drop", "exit_lr", "threshold_lr", "multiplier_lr"):
-            if not getattr(self, option) >= 0.0:
-                raise ValueError(
-                    f"option {option} of {self.name} is {getattr(self, option)}; give at least 0"
-                )
 
     @classmethod
     def kinds(cls) -> tuple[str, ...]:

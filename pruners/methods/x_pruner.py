@@ -25,6 +25,7 @@ from pruners.families.learned import (
     model_tensors,
     standardised,
 )
+from pruners.families.options import option
 from pruners.model.cost import cost_of
 from pruners.model.gates import add_gates, hard, linear_macs, remove_gates
 from pruners.model.types import Scores
@@ -68,34 +69,16 @@ class XPruner(LearnedPruner):
         smooth_over: What is even: neighbouring "units" of a class, or neighbouring "classes".
     """
 
-    budget: float = 0.5
+    budget: float = option(0.5, above=0.0, below=1.0)
     thresholds: Literal["learned", "global"] = "learned"
-    classes: tuple[int, ...] = ()
-    mask_epochs: int = 2
-    mask_lr: float = 1e-2
-    threshold_lr: float = 2e-2
-    multiplier_lr: tuple[float, float] = (10.0, 0.1)
-    sparsity: float = 1e-2
-    smoothness: float = 1e-3
+    classes: tuple[int, ...] = option((), low=0)
+    mask_epochs: int = option(2, low=1)
+    mask_lr: float = option(1e-2, low=0.0)
+    threshold_lr: float = option(2e-2, low=0.0)
+    multiplier_lr: tuple[float, float] = option((10.0, 0.1), low=0.0)
+    sparsity: float = option(1e-2, low=0.0)
+    smoothness: float = option(1e-3, low=0.0)
     smooth_over: Literal["units", "classes"] = "units"
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        if self.thresholds not in ("learned", "global"):
-            raise ValueError(
-                f"option thresholds of {self.name} is {self.thresholds!r}; "
-                "give 'learned' or 'global'"
-            )
-        if self.smooth_over not in ("units", "classes"):
-            raise ValueError(
-                f"option smooth_over of {self.name} is {self.smooth_over!r}; "
-                "give 'units' or 'classes'"
-            )
-        if self.mask_epochs < 1:
-            raise ValueError(
-                f"option mask_epochs of {self.name} is {self.mask_epochs}; give at least 1"
-            )
 
     @classmethod
     def kinds(cls) -> tuple[str, ...]:

@@ -436,8 +436,8 @@ def test_distillation_can_be_left_out(tiny, batches) -> None:
     [
         ("distill", 1.5, "from 0 to 1"),
         ("masked", -0.1, "from 0 to 1"),
-        ("temperature", 0.0, "from 0.1 to inf"),
-        ("price_lr", float("nan"), "from 0 to inf"),
+        ("temperature", 0.0, "at least 0.1"),
+        ("price_lr", float("nan"), "at least 0"),
         ("coarse_until", 0.6, "gates_from = 0.15 to 1 - masked = 0.5"),
         ("coarse_until", 0.1, "gates_from = 0.15 to 1 - masked = 0.5"),
         ("budget", 1.0, "0 < budget < 1"),
