@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,6 +17,7 @@ from pruners.export.onnx import TOLERANCE, Agreement, agreement, write_onnx, wri
 from pruners.export.semi_structured import is_two_of_four, semi_structured_layers
 from pruners.export.timm import SCRIPT, why_not, write_timm
 from pruners.export.timm import WEIGHTS as TIMM_WEIGHTS
+from pruners.model.files import replace_directory
 from search.data.splits import open_split
 from search.export_speed import Speed, measure_speed
 from search.records.files import read_trials
@@ -59,16 +58,16 @@ def export_trial(directory: Path, trial: str, out: Path, stream: TextIO) -> None
     check_replaceable(out)
     models = _opened(directory, record), _opened(directory, dense)
     images, source = example_images(directory, models[0])
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+
+    def write(folder: Path) -> Written:
+        written = _write(folder, record, models, images)
+        _write_json(folder / MEASURED, written.to_json(trial, source))
+        return written
+
     try:
-        written = _write(temporary, record, models, images)
-        _write_json(temporary / MEASURED, written.to_json(trial, source))
-        _replace(temporary, out)
+        written = replace_directory(out, write)
     except ImportError as error:
         raise ValueError(str(error)) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     for line in _summary(written, record, out, source):
         print(line, file=stream)
 
@@ -198,21 +197,6 @@ def check_replaceable(out: Path) -> None:
         raise ValueError(f"--out {out} holds {other[0]}, which no export wrote; give another one")
     if "trial" not in read_description(out).get("measured", {}):
         raise ValueError(f"--out {out} holds a model that no export wrote; give another one")
-
-
-def _replace(temporary: Path, out: Path) -> None:
-    """Move a whole export to the place of an older one."""
-    if not out.exists():
-        os.replace(temporary, out)
-        return
-    older = temporary.with_name(f"{temporary.name}.older")
-    os.replace(out, older)
-    try:
-        os.replace(temporary, out)
-    except OSError:
-        os.replace(older, out)
-        raise
-    shutil.rmtree(older)
 
 
 def _summary(written: Written, record: TrialRecord, out: Path, source: str) -> list[str]:

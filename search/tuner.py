@@ -16,6 +16,7 @@ from ray import tune
 
 from pruners import PrunableViT
 from pruners.families.learned import Learned
+from pruners.model.files import replace_file
 from search.data.fingerprint import fingerprint
 from search.data.shards import Shards, find_shards
 from search.finish import finish
@@ -192,9 +193,8 @@ def prepare_directory(sweep: Sweep) -> None:
     _refuse_another(sweep)
     with writing_to(sweep.directory):
         sweep.directory.mkdir(parents=True, exist_ok=True)
-        temporary = sweep.directory / f".sweep.{os.uname().nodename}.{os.getpid()}"
-        temporary.write_text(sweep_toml(sweep))
-        os.replace(temporary, sweep.directory / "sweep.toml")
+        content = sweep_toml(sweep)
+        replace_file(sweep.directory / "sweep.toml", lambda path: path.write_text(content))
 
 
 def _refuse_another(sweep: Sweep) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pruners.model.files import replace_file
 from search.data.decode import Corrupt, ImageSpec, Pixels, decode_all
 from search.data.shards import Shards
 
@@ -44,26 +45,27 @@ def write_decoded(path: Path, shards: Shards, spec: ImageSpec, corrupt: Corrupt)
     Raises:
         ValueError: If more images are corrupt than allowed.
     """
-    temporary, written = path.with_name(f".{path.name}.{os.getpid()}"), 0
-    try:
-        with (
-            ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,
-            pa.OSFile(str(temporary), "wb") as sink,
-            pa.ipc.new_file(sink, _schema(spec)) as writer,
-        ):
-            for chunk in shards.read_groups(shards.groups()):
-                decoded = list(decode_all(chunk.files, spec, corrupt, pool))
-                numbers = np.array([number for _, number in decoded], dtype=np.int64)
-                labels = chunk.labels[numbers - chunk.first]
-                writer.write_batch(_record_batch([p for p, _ in decoded], labels, numbers, spec))
-                written += len(decoded)
-        os.replace(temporary, path)
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        note = {"rows": written, "corrupt": corrupt.names, "labels": _labels_digest(table)}
-        temporary.write_text(json.dumps(note))
-        os.replace(temporary, path.with_suffix(".json"))
-    finally:
-        temporary.unlink(missing_ok=True)
+    rows = replace_file(path, lambda temporary: _write_arrow(temporary, shards, spec, corrupt))
+    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    note = json.dumps({"rows": rows, "corrupt": corrupt.names, "labels": _labels_digest(table)})
+    replace_file(path.with_suffix(".json"), lambda temporary: temporary.write_text(note))
+
+
+def _write_arrow(path: Path, shards: Shards, spec: ImageSpec, corrupt: Corrupt) -> int:
+    """Decode a split into an Arrow file, and return the number of its images."""
+    written = 0
+    with (
+        ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_file(sink, _schema(spec)) as writer,
+    ):
+        for chunk in shards.read_groups(shards.groups()):
+            decoded = list(decode_all(chunk.files, spec, corrupt, pool))
+            numbers = np.array([number for _, number in decoded], dtype=np.int64)
+            labels = chunk.labels[numbers - chunk.first]
+            writer.write_batch(_record_batch([p for p, _ in decoded], labels, numbers, spec))
+            written += len(decoded)
+    return written
 
 
 def open_decoded(path: Path, spec: ImageSpec, rows: int) -> tuple[pa.Table, list[str]] | None:

@@ -7,7 +7,6 @@ example and metadata; as extra files, those of `PrunableViT.save`. Nothing in it
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from torch import Tensor
 from pruners import PrunableViT
 from pruners.checkpoint import SHAPE, WEIGHTS
 from pruners.export.onnx import OUTPUT, agreement, write_onnx
-from pruners.model.files import replace_file
+from pruners.model.files import replace_directory, replace_file
 from search.data.splits import open_split
 from search.records.atomic import writing_to
 from search.records.digests import DAMAGE, directory_digest, file_digest, read_sealed, sealed
@@ -114,17 +113,18 @@ def make_served(
         folder.mkdir(exist_ok=True)
         for left in folder.glob(f".{member.trial}.*"):  # by a process that was killed
             shutil.rmtree(left)
-        temporary = folder / f".{member.trial}.{os.uname().nodename}.{os.getpid()}"
-        _write(temporary, vit, images[:EXAMPLES], measured, metadata)
-        agrees = agreement(temporary / ONNX, vit, images)
-        note = {
-            "weights": weights,
-            "difference": agrees.difference,
-            "reason": agrees.reason,
-            "files": directory_digest(temporary),
-        }
-        shutil.rmtree(folder / member.trial, ignore_errors=True)
-        os.replace(temporary, folder / member.trial)
+
+        def write(temporary: Path) -> dict[str, Any]:
+            _write(temporary, vit, images[:EXAMPLES], measured, metadata)
+            agrees = agreement(temporary / ONNX, vit, images)
+            return {
+                "weights": weights,
+                "difference": agrees.difference,
+                "reason": agrees.reason,
+                "files": directory_digest(temporary),
+            }
+
+        note = replace_directory(folder / member.trial, write)
         replace_file(_note(folder, member.trial), lambda path: path.write_text(sealed(note)))
     return _served(folder, member.trial, note)
 
