@@ -12,12 +12,14 @@ import pytest
 
 from search import recorder as module
 from search.recorder import Recorder
+from search.records.events import TrialConfig
 from search.records.files import read_front, read_trials
 from search.records.front import build_front
-from search.records.ledger import METRICS, Ledger
+from search.records.ledger import Ledger
 from search.report.progress import Progress
 from search.sweep.spec import Sweep, SweepFailedError
 from search.sweep.toml import load_sweep
+from tests.search.trial_events import config_of, result_of
 
 PLAN = {"steps": [{"method": "magnitude", "options": {}, "thresholds": {"blocks.0.mlp.fc1": 0.5}}]}
 
@@ -59,34 +61,23 @@ def make(sweep: Sweep, clock: Clock | None = None) -> Recorder:
 
 
 def trial_of(name: str, ratio: float = 0.5, origin: str = "search", of: str = "") -> Any:
-    config = {
-        "trial": name,
-        "origin": origin,
-        "epochs": 1,
-        "plan": json.dumps({"steps": []} if origin == "dense" else PLAN),
-        "cost_ratio": ratio,
-        "parameters": {"budget": ratio},
-        "of": of,
-        "seed": 0,
-    }
-    return SimpleNamespace(config=config, trial_id=f"ray-{name}", error_file=None)
+    plan = json.dumps({"steps": []} if origin == "dense" else PLAN)
+    config = config_of(name, origin=origin, epochs=1, plan=plan, cost_ratio=ratio, of=of)
+    return SimpleNamespace(config=config.to_json(), trial_id=f"ray-{name}", error_file=None)
 
 
 def result(trial: Any, top1: float, epoch: int = 0, status: str = "finished") -> dict[str, Any]:
     ratio = trial.config["cost_ratio"]
-    return {
-        **dict.fromkeys(METRICS, 1.0),
-        "trial": trial.config["trial"],
-        "epoch": epoch,
-        "status": status,
-        "reason": "",
-        "val_top1": top1,
-        "gmacs": ratio,
-        "effective_gmacs": ratio,
-        "params": 1000,
-        "shape": json.dumps({"blocks": []}),
-        "by_class": [top1, None],
-    }
+    found = result_of(
+        trial.config["trial"],
+        epoch=epoch,
+        status=status,
+        val_top1=top1,
+        gmacs=ratio,
+        effective_gmacs=ratio,
+        by_class=[top1, None],
+    )
+    return found.to_report()
 
 
 def fails(trial: Any, said: str) -> None:
@@ -98,7 +89,7 @@ def fails(trial: Any, said: str) -> None:
 
 
 def start(recorder: Recorder, trial: Any) -> None:
-    recorder.ledger.ask(trial.config)  # as the searcher does
+    recorder.ledger.ask(TrialConfig.from_json(trial.config))  # as the searcher does
     recorder.on_trial_start(0, [], trial)
 
 
@@ -153,7 +144,7 @@ def test_what_a_scheduler_ends_is_stopped_and_never_on_the_front(sweep: Sweep) -
     run(recorder, DENSE, 80.0)
     run(recorder, trial_of("0001"), 79.0, "running")
     failed = trial_of("0002")
-    recorder.ledger.ask(failed.config)
+    recorder.ledger.ask(TrialConfig.from_json(failed.config))
     fails(failed, "ValueError: two lines\n  the second\n")
     recorder.retries.most = 0
     recorder.on_trial_error(0, [], failed)
