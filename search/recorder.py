@@ -36,7 +36,7 @@ PATIENCE_S = 30.0
 
 
 class Recorder(tune.Callback):
-    """Writes down what happens, as Ray calls it.
+    """Records the events of trials, as Ray Tune calls back.
 
     What ends is in the ledger at once; the tables, which are written as a whole, follow, and so
     does MLflow.
@@ -69,7 +69,7 @@ class Recorder(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        """Take an epoch's metrics, unless they are known: a trial that starts anew repeats them."""
+        """Take an epoch's metrics, unless they are known: a trial that is resumed repeats them."""
         with self._stopping():
             epoch = EpochResult.from_report(result)
             if self.failure is None and self.ledger.report(epoch):
@@ -178,7 +178,7 @@ class Recorder(tune.Callback):
 
 
 def last_failure(trial: Trial) -> str:
-    """Return what Ray says of a trial's last failure; empty if it says nothing."""
+    """Return Ray's message on a trial's last failure; empty without one."""
     if trial.error_file is None or not Path(trial.error_file).exists():
         return ""
     return Path(trial.error_file).read_text().rpartition("Failure # ")[2]

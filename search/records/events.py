@@ -1,4 +1,4 @@
-"""What the searcher, a trial and the ledger tell each other: a configuration, results, an end.
+"""Events of a trial: its configuration, the result of an epoch, its end.
 
 Each has one form in JSON, which a line of the ledger holds: the type's fields by their names. Ray
 Tune, and a trial's own `results.json`, take a result with `done` beside them.
@@ -14,10 +14,10 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
-from search.records.trial_record import TrialName
-from search.records.typed import typed
+from search.records.trial_record import Parameters, TrialName
+from search.records.typed import JsonObject, typed
 
-Event = dict[str, Any]
+Event = JsonObject
 """A line of the ledger, as JSON values: its kind as `event`, `time`, and what belongs to it."""
 
 EpochStatus = Annotated[str, Field(pattern=r"^(running|finished|stopped|failed)$")]
@@ -31,7 +31,7 @@ _STRICT = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True, kw_only=True)
 class TrialConfig:
-    """What a trial is to do.
+    """Configuration of a trial.
 
     Attributes:
         trial: Its number, four digits.
@@ -53,14 +53,14 @@ class TrialConfig:
     origin: str
     plan: str
     learned: str
-    parameters: dict[str, float | bool | str]
+    parameters: Parameters
     of: str
     seed: int
     epochs: int
     cost_ratio: float
     parts: Annotated[int, Field(ge=1)] = 1
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Return the JSON values, which Ray Tune takes as a trial's configuration."""
         values = dataclasses.asdict(self)
         if self.parts == 1:
@@ -79,7 +79,7 @@ class TrialConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Metrics:
-    """What is measured of a trial after an epoch.
+    """Measurements of a trial after an epoch.
 
     Attributes:
         val_top1: Percent.
@@ -147,7 +147,7 @@ class EpochResult(Metrics):
         """Whether it is the trial's last."""
         return self.status != "running"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Return the JSON values."""
         return dataclasses.asdict(self)
 
@@ -160,13 +160,13 @@ class EpochResult(Metrics):
         """
         return typed(_RESULT, values)
 
-    def to_report(self) -> dict[str, Any]:
-        """Return what Ray Tune takes as a result, and `results.json` keeps."""
+    def to_report(self) -> JsonObject:
+        """Return the JSON values that Ray Tune takes and `results.json` keeps."""
         return {**self.to_json(), "done": self.done}
 
     @classmethod
     def from_report(cls, report: Mapping[str, Any]) -> EpochResult:
-        """Return the result in what Ray Tune hands on, which has more keys, of its own.
+        """Read the result from a report that Ray Tune hands on, with keys of its own.
 
         Raises:
             ValueError: If a key is missing.
@@ -202,7 +202,7 @@ class TrialEnd:
     hypervolume: float | None
     front_size: int
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> JsonObject:
         """Return the JSON values."""
         return dataclasses.asdict(self)
 
@@ -220,7 +220,7 @@ _CONFIG, _RESULT, _END = TypeAdapter(TrialConfig), TypeAdapter(EpochResult), Typ
 
 
 def of_trial(event: Event) -> TrialConfig | EpochResult | TrialEnd | None:
-    """Return what an event of the ledger says of a trial; None if it is about the sweep.
+    """Read the event of a trial from a line of the ledger; None if it is about the sweep.
 
     Raises:
         ValueError: If it is not what was written, in one line.

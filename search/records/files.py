@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +14,7 @@ from pydantic import TypeAdapter
 
 from search.records.front import COSTS, REFERENCE, Front, cost_of_record
 from search.records.trial_record import TrialRecord
-from search.records.typed import typed
+from search.records.typed import JsonObject, typed
 
 DONE = "done"
 """File of a sweep's directory that says that it is finished."""
@@ -56,7 +55,7 @@ _SCHEMA = pa.schema(
 )
 
 
-def front_json(front: Front) -> dict[str, Any]:
+def front_json(front: Front) -> JsonObject:
     """Return a front as the values of `front.json`."""
     return {
         "cost": front.cost,
@@ -131,7 +130,7 @@ def read_trials(path: Path) -> list[TrialRecord]:
 
 
 def _check_shown(cost: str, records: Sequence[TrialRecord]) -> None:
-    """Check that what a front shows is there.
+    """Check that a front has all that is shown of it.
 
     Raises:
         ValueError: If it is not.
@@ -145,7 +144,7 @@ def _check_shown(cost: str, records: Sequence[TrialRecord]) -> None:
             raise ValueError(f"{cost} of trial {record.trial} is not above 0")
 
 
-def _member(record: TrialRecord) -> dict[str, Any]:
+def _member(record: TrialRecord) -> JsonObject:
     return {key: getattr(record, key) for key in MEMBER_KEYS}
 
 

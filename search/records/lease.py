@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from search.records.atomic import writing_to
+from search.records.typed import JsonObject
 from search.sweep.spec import SweepError, SweepFailedError
 
 LEASE = "lease"
@@ -207,7 +207,7 @@ def _write(folder: Path, attempt: Attempt) -> Path:
 
 def _read(path: Path) -> Attempt:
     try:
-        values: dict[str, Any] = json.loads(path.read_text())
+        values: JsonObject = json.loads(path.read_text())
         machine, number, start = values.pop("process")
         return Attempt(**values, process=(machine, number, start))
     except (ValueError, TypeError, KeyError) as error:

@@ -38,7 +38,7 @@ _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, Recur
 
 
 class Ledger:
-    """The events of a sweep, and what they add up to.
+    """The events of a sweep, and the state that they add up to.
 
     Attributes:
         past: Events of earlier drivers.

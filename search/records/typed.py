@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
+
+JsonObject = dict[str, Any]
+"""Values of JSON, by their keys."""
 
 T = TypeVar("T")
 

@@ -48,7 +48,7 @@ class Told:
 
 @dataclass(frozen=True, kw_only=True)
 class _Ended:
-    """What Optuna is told of a plan that was tuned, perhaps not to its full length."""
+    """Result of a plan that was tuned, perhaps not to its full length, as Optuna is told it."""
 
     top1: float
     cost: float

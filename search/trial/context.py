@@ -1,4 +1,4 @@
-"""What a process opens once, for all the trials that it runs."""
+"""Data, models and device that a process opens once for all of its trials."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from search.trial.watchdog import ends_if_hung
 
 @dataclass(frozen=True, kw_only=True)
 class TrialContext:
-    """What the trials of a process share.
+    """Data, models and device of the trials of a process.
 
     Attributes:
         sweep: The sweep.

@@ -1,4 +1,4 @@
-"""What all trials of a sweep share, in a form that Ray keeps once per node.
+"""Inputs of all trials of a sweep, in a form that Ray keeps once per node.
 
 Ray hands numpy arrays out of its object store without a copy; torch's tensors it would copy into
 every process.
@@ -24,7 +24,7 @@ from search.sweep.spec import Sweep
 
 @dataclass(frozen=True, kw_only=True)
 class TrialInputs:
-    """What all trials of a sweep share; Ray keeps it once per node, weights included.
+    """Inputs of all trials of a sweep; Ray keeps them once per node, weights included.
 
     Attributes:
         sweep: The sweep.

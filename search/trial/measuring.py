@@ -1,4 +1,4 @@
-"""What is measured of a trial's model: top-1 and loss after each epoch, its speed once."""
+"""Measurements of a trial's model: top-1 and loss after each epoch, its speed once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a trial leaves on the sweep's storage after each epoch: its model, and what resuming needs.
+"""Files of a trial on the sweep's storage, after each epoch: its model, and its state to resume.
 
 A trial that has to go in the middle of an epoch leaves the same.
 
@@ -129,7 +129,7 @@ def hung_path(trial: str) -> str:
 
 
 def check_model(directory: Path) -> None:
-    """Check that a model that a trial left is what was written.
+    """Check a trial's saved model against its digests.
 
     Raises:
         ValueError: If a file is not, in one line.

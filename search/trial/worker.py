@@ -33,8 +33,7 @@ END = "end"
 """The order after which a group ends."""
 
 Order = TrialConfig | str | None
-"""What the first worker is to do: begin a trial, another step of the one that runs (None), `END`.
-"""
+"""An order to the first worker: begin a trial, run another step of it (None), or `END`."""
 
 Answer = EpochResult | ToldToEndError | SweepFailedError
 """A step's result, or what the trial's own actor is to raise."""
@@ -48,7 +47,7 @@ GENERATORS = "generators_of_all"
 
 @dataclass(frozen=True, kw_only=True)
 class Handout:
-    """What the first worker gives the others, so that all train an epoch.
+    """Model and state of training that the first worker hands out before an epoch.
 
     Attributes:
         config: The trial's.
@@ -169,5 +168,5 @@ def _gathered(training: Training, peers: Peers) -> list[Generators]:
     return peers.gathered(training.tuner.state_dict()["generators"])
 
 
-def _own(generators: list[Generators], rank: int) -> dict[str, Any]:
+def _own(generators: list[Generators], rank: int) -> dict[str, Generators]:
     return {"generators": generators[rank]} if generators else {}

@@ -52,7 +52,7 @@ def worker_bundle(sweep: Sweep) -> dict[str, float]:
 
 
 class SharedTrial(tune.Trainable):
-    """What Tune sees of a trial that a worker group runs: steps, as those of `PlanTrial`."""
+    """An actor of Ray Tune whose trials a worker group runs, step by step."""
 
     failure: Exception | None = None
 
@@ -142,7 +142,7 @@ class OneGpuEach(TorchConfig):
 
     @property
     def backend_cls(self) -> type:
-        """What sets it up."""
+        """Class that sets it up."""
         return _OneGpuEach
 
 

@@ -1,4 +1,4 @@
-"""The processes that train a trial: what it asks of them, and the case of one alone."""
+"""The processes that train a trial, as it sees them; the case of one alone."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ class Workers(Protocol):
 
     @property
     def peers(self) -> Peers | None:
-        """What they agree through; None of one alone."""
+        """All of them, to agree with each other; None of one alone."""
 
     def train(self, training: Training, epoch: int) -> float:
         """Train an epoch, or what is left of one, on all of them; return its mean loss."""
 
     def state(self, tuner: FineTuner) -> TunerState:
-        """Return what resuming the epochs needs, of all of them."""
+        """Return the state of training, of all of them."""
 
     def resume(self, state: TunerState) -> None:
         """Take what `state` returned in an earlier process."""
