@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 TWO := --numprocesses 2 --dist loadfile --durations 30 --durations-min 5
 
-.PHONY: demo test chaos lint clean
+.PHONY: demo test chaos lint docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m search run search/sweeps/sample.toml
@@ -19,6 +19,13 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/docs
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/zensical build --strict # which finds ruff there
+
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	touch $@
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -15,7 +15,7 @@ from search.records.files import read_front
 from search.records.front_diff import change
 from search.report.progress import front_table, headline
 from search.sweep.spec import Sweep
-from search.tracking.runs import page_address, ui_command
+from search.tracking.addresses import page_address, ui_command
 
 WORSE = 3
 """Exit status of a sweep whose front is smaller than the one it started from."""

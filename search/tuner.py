@@ -29,6 +29,7 @@ from search.records.lease import hold
 from search.records.ledger import Ledger
 from search.records.trial_record import TrialRecord
 from search.report.progress import Progress, front_line
+from search.space.draw import draw_plans
 from search.space.space import Space
 from search.strategy.export_study import export_study
 from search.strategy.fifo import InOrder
@@ -133,7 +134,7 @@ def interrupted_line(sweep: Sweep, records: list[TrialRecord]) -> str:
 def with_learned(
     sweep: Sweep, dense: PrunableViT, space: Space, ledger: Ledger, progress: Progress
 ) -> Space:
-    """Let all steps learn or score, and return the space that knows what they propose."""
+    """Let all steps learn or score, and return the space of the measured methods."""
     runs: list[LearningRun] = []
 
     def ended(run: LearningRun) -> None:
@@ -146,7 +147,7 @@ def with_learned(
     learned = learn_all(sweep, dense, space.steps, ended, progress.still_learning)
     ledger.add_once("learned", runs=[dataclasses.asdict(run) for run in runs])
     progress.restart_clock()
-    return Space(sweep, dense.shape(), learned)
+    return space.measured(learned)
 
 
 def elastic_start(
@@ -155,7 +156,7 @@ def elastic_start(
     """Return the model that trials cut: the dense one, or the one that was tuned for cuts."""
     if not sweep.elastic_epochs:
         return dense
-    smallest, plans = space.draw(ELASTIC_PLANS, sweep.seed)
+    smallest, plans = draw_plans(space, ELASTIC_PLANS, sweep.seed)
     learned = {
         rung.pruner: Learned.load(Path(rung.path))
         for step in space.steps

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pruners import Plan, PrunableViT, Pruner, Step, cost_of, load_method
-from tests.conftest import images_for
+from tests.models import images_for
 
 Batches = list[tuple[Tensor, Tensor]]
 

@@ -32,13 +32,15 @@ from search.records.journal import Journal
 from search.records.ledger import Ledger
 from search.sweep.toml import load_sweep
 from search.tracking.note import note
-from search.tracking.runs import RUNS, SweepRuns
-from tests.conftest import SWEEP_TOML, png, random_pixels, write_images
+from search.tracking.run_ids import RUNS
+from search.tracking.runs import SweepRuns
 from tests.fuzz_format import Format, either
+from tests.images import png, random_pixels, write_images
 from tests.mutations import ODD, Random, damaged, damaged_json, odd_values
-from tests.search.records.test_files import record
-from tests.search.tracking.test_runs import TINY_SHAPE, tracked
+from tests.search.logged import TINY_SHAPE, tracked
 from tests.search.trial_events import config_of, result_of
+from tests.search.trial_records import record
+from tests.sweeps import SWEEP_TOML
 
 SPEC = ImageSpec(size=(6, 4), channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
 

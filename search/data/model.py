@@ -6,7 +6,8 @@ from pathlib import Path
 
 from pruners import PrunableViT
 from search.data.decode import ImageSpec
-from search.sweep.spec import ModelSpec, SweepError
+from search.sweep.parts import ModelSpec
+from search.sweep.spec import SweepError
 
 
 def load_model(spec: ModelSpec) -> PrunableViT:

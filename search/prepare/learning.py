@@ -20,7 +20,7 @@ from search.data.images import Images
 from search.data.splits import calibration_batches, open_split, trial_device
 from search.records.digests import json_digest, tensors_digest
 from search.report.progress import HEARTBEAT_S
-from search.space.allocation import OwnShares, own_shares
+from search.space.allocation import Allocation, own_allocation
 from search.space.step import Rung, SpaceStep
 from search.sweep.spec import Sweep, SweepFailedError
 
@@ -106,8 +106,8 @@ def _methods(step: SpaceStep) -> list[Pruner]:
 
 
 def _result(
-    task: ray.ObjectRef[tuple[LearningRun, OwnShares]], label: str, pruner: Pruner
-) -> tuple[LearningRun, OwnShares]:
+    task: ray.ObjectRef[tuple[LearningRun, Allocation]], label: str, pruner: Pruner
+) -> tuple[LearningRun, Allocation]:
     try:
         return ray.get(task)
     except ray.exceptions.RayError as error:
@@ -118,7 +118,7 @@ def _result(
 
 def learn_once(
     sweep: Sweep, dense: PrunableViT, step: SpaceStep, pruner: Pruner, folder: Path
-) -> tuple[LearningRun, OwnShares]:
+) -> tuple[LearningRun, Allocation]:
     """Learn or score, or find what was learned from the same, and ask for own allocations.
 
     An interrupted run goes on where it ended.
@@ -155,7 +155,7 @@ def learn_once(
         reused=reused,
         learns=learns,
     )
-    return run, own_shares(pruner, dense.shape(), learned.scores, step.max_share)
+    return run, own_allocation(pruner, dense.shape(), learned.scores, step.max_share)
 
 
 def identity(sweep: Sweep, dense: PrunableViT, pruner: Pruner, train: Images, val: Images) -> str:

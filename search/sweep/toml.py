@@ -15,7 +15,7 @@ from typing import Any
 import tomli_w
 from pydantic import ValidationError
 
-from search.sweep.spec import (
+from search.sweep.parts import (
     Budget,
     Constraints,
     DataSpec,
@@ -24,9 +24,8 @@ from search.sweep.spec import (
     ModelSpec,
     Resources,
     StepSpec,
-    Sweep,
-    SweepError,
 )
+from search.sweep.spec import Sweep, SweepError
 
 
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:

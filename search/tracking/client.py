@@ -21,3 +21,8 @@ def mlflow_client(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type's name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

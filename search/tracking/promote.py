@@ -13,9 +13,9 @@ from mlflow.tracking import MlflowClient
 
 from search.records.digests import directory_digest
 from search.sweep.spec import PASSWORD
-from search.tracking.client import mlflow_client
+from search.tracking.addresses import local_uri
+from search.tracking.client import first_line, mlflow_client
 from search.tracking.registry import DIGEST, REASON, VERIFIED
-from search.tracking.runs import first_line, local_uri
 
 APPROVED = "approved"
 """Alias of the version that a person has approved; no sweep touches it."""

@@ -13,7 +13,8 @@ from search.records.front import Front
 from search.records.journal import Journal
 from search.records.trial_record import TrialRecord
 from search.sweep.spec import SweepFailedError
-from search.tracking.runs import SweepRuns, first_line
+from search.tracking.client import first_line
+from search.tracking.runs import SweepRuns
 
 POLL_S, WAIT_S = 0.2, 0.02
 """How often the thread looks whether anything has happened, and whoever waits for it, whether all

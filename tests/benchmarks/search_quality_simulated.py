@@ -34,7 +34,8 @@ from pruners import Plan, Step, cost_of, load_method
 from search.data.images import open_images
 from search.records import pareto
 from search.records.events import METRICS, EpochResult
-from search.space.allocation import own_shares
+from search.space.allocation import own_allocation
+from search.space.build import build_space
 from search.space.space import Space
 from search.space.step import Rung
 from search.strategy.moasha import NEVER_STOPPED, MoAsha
@@ -131,9 +132,9 @@ def space_of(sweep: Sweep) -> Space:
     rungs = {}
     for label, spec in zip(sweep.labels, sweep.steps, strict=True):
         method = load_method(spec.method)
-        own = own_shares(method, shape, scores.get(label, {}), spec.max_share)
+        own = own_allocation(method, shape, scores.get(label, {}), spec.max_share)
         rungs[label] = [Rung(pruner=method, own=own)]
-    return Space(sweep, shape, rungs)
+    return build_space(sweep, shape).measured(rungs)
 
 
 class Trial(NamedTuple):

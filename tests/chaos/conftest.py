@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.faults import Faulty, environment
-from tests.conftest import write_sweep
+from tests.sweeps import write_sweep
 
 
 @pytest.fixture(scope="session")

@@ -16,10 +16,9 @@ from mlflow.tracking import MlflowClient
 
 from search.records.files import read_front, read_trials
 from search.records.journal import Journal
-from search.tracking.runs import local_uri
-from tests.conftest import write_sweep
-
-ROOT = Path(__file__).parents[2]
+from search.tracking.addresses import local_uri
+from tests.processes import ROOT
+from tests.sweeps import write_sweep
 
 SETS = ("trials=6", "ladder=0", "epochs=2", "concurrency=1", "finetune.lr=0.01")
 SETS += ("halving={first=1, eta=2}", "data.batch_size=1")  # epochs of a second or so

@@ -20,7 +20,7 @@ from mlflow.tracking import MlflowClient
 
 from search.records.files import read_front
 from tests.chaos.faults import Faulty, environment, until
-from tests.cluster.conftest import free_port
+from tests.processes import free_port
 
 OUTAGE_S = float(os.environ.get("OUTAGE_S", "0"))
 """How long MLflow is away for at least; without it, until the sweep has gone on for three lines.

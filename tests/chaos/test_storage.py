@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.faults import Faulty, actors, until
-from tests.conftest import labelled, write_images
+from tests.images import labelled, write_images
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 

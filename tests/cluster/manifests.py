@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).parents[2]
+from tests.processes import ROOT
+
 DEPLOY = ROOT / "cluster" / "deploy"
 MANIFESTS = {
     f"{path.stem}/{manifest['kind']}/{manifest['metadata']['name']}": manifest

@@ -6,7 +6,8 @@ import pytest
 
 from cluster.connection import LOCAL, Address, ClusterError, is_loopback
 from search.sweep.spec import SweepError
-from tests.cluster.conftest import TOKEN, free_port
+from tests.cluster.head import TOKEN
+from tests.processes import free_port
 
 FAR = "https://ray.example.org"
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import free_port
 from tests.cluster.manifests import (
     DEPLOY,
     MANIFESTS,
@@ -28,6 +27,7 @@ from tests.cluster.manifests import (
     mlflow_commands,
     pods,
 )
+from tests.processes import free_port
 
 
 def test_mlflow_runs_where_it_should_and_nowhere_else() -> None:

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.conftest import free_port
-from tests.cluster.manifests import ROOT
+from tests.processes import ROOT, free_port
 
 TRIAL = """
 import pathlib, sys, time, ray

@@ -24,9 +24,9 @@ from cluster.schedules import Claim, Schedule, run_name, slots, unstamp
 from cluster.slots import Slots
 from search.sweep.spec import SweepError
 from search.sweep.toml import load_sweep
-from tests.cluster.test_slots import Memory, finish
+from tests.cluster.memory import Memory, finish
+from tests.processes import ROOT
 
-ROOT = Path(__file__).parents[2]
 SWEEP = ROOT / "search" / "sweeps" / "sample.toml"
 STORAGE = 'storage="/shared"'
 HOUR, MINUTE = timedelta(hours=1), timedelta(minutes=1)

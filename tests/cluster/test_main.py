@@ -12,9 +12,8 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from search.records.files import read_front
-from tests.cluster.conftest import TOKEN
-
-ROOT = Path(__file__).parents[2]
+from tests.cluster.head import TOKEN
+from tests.processes import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 

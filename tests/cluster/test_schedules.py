@@ -25,8 +25,8 @@ from cluster.schedules import (
 )
 from search.sweep.spec import SweepError
 from search.sweep.toml import load_sweep
+from tests.processes import ROOT
 
-ROOT = Path(__file__).parents[2]
 HOUR, MINUTE = timedelta(hours=1), timedelta(minutes=1)
 SPRING = datetime(2026, 3, 28, 12, tzinfo=UTC)  # in Berlin 2:00 to 3:00 is missing the night after
 AUTUMN = datetime(2026, 10, 24, 12, tzinfo=UTC)  # and here comes twice

@@ -5,76 +5,20 @@ import sys
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Literal
 
 import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from cluster.schedules import Claim, Record, Schedule, run_name
+from cluster.schedules import Record, Schedule, run_name
 from cluster.slots import Slots
 from search.sweep.spec import SweepError
 from search.tracking.runs import SweepRuns
-from tests.search.tracking.test_runs import TINY_SHAPE, tracked
+from tests.cluster.memory import Memory, finish
+from tests.search.logged import TINY_SHAPE, tracked
 
 NOON = datetime(2026, 11, 25, 12, tzinfo=UTC)
 HOUR, MINUTE = timedelta(hours=1), timedelta(minutes=1)
-
-
-class Memory:
-    """The record of slots in memory; the tests below hold for it as they do for MLflow."""
-
-    def __init__(self, uri: str = "http://memory", host: str = "a", of: Memory | None = None):
-        """Of another host, it shares its record."""
-        self.uri, self.host = uri, host
-        self.claims: dict[str, dict[datetime, Claim]] = of.claims if of else {}
-        self.marks: dict[str, dict[str, set[datetime]]] = of.marks if of else {}
-        self.finished: set[str] = of.finished if of else set()
-
-    def record(self, schedule: Schedule) -> Record:
-        claims = self.claims.get(schedule.name, {})
-        marks = self.marks.get(schedule.name, {})
-        return Record(
-            last=claims[max(claims)] if claims else None,
-            skipped=frozenset(marks.get("skipped", ())),
-            waiting=frozenset(marks.get("waiting", ())),
-        )
-
-    def claim(self, schedule: Schedule, slot: datetime, now: datetime) -> Claim | None:
-        claims = self.claims.setdefault(schedule.name, {})
-        if slot in claims:
-            return None
-        claims[slot] = Claim(
-            slot=slot,
-            name=run_name(schedule, slot),
-            experiment=schedule.name,
-            submitted=False,
-            at=now,
-            host=self.host,
-            clock=schedule.clock,
-        )
-        return claims[slot]
-
-    def renew(self, claim: Claim, now: datetime) -> None:
-        self._replace(claim, at=now, host=self.host)
-
-    def confirm(self, claim: Claim, now: datetime) -> None:
-        self._replace(claim, submitted=True)
-
-    def mark(
-        self, last: Claim, slot: datetime, what: Literal["skipped", "waiting"], now: datetime
-    ) -> None:
-        marks = self.marks.setdefault(last.experiment, {})
-        marks.setdefault(what, set()).add(slot)
-
-    def last_finished(self, schedule: Schedule) -> str | None:
-        claims = self.claims.get(schedule.name, {})
-        names = [claims[slot].name for slot in sorted(claims, reverse=True)]
-        return next((name for name in names if name in self.finished), None)
-
-    def _replace(self, claim: Claim, **changes: object) -> None:
-        claims = self.claims[claim.experiment]
-        claims[claim.slot] = replace(claims[claim.slot], **changes)
 
 
 @pytest.fixture(scope="module")
@@ -95,19 +39,6 @@ def schedule(request: pytest.FixtureRequest) -> Schedule:
     """A schedule that no other test has, so that tests may share a database."""
     name = "".join(c if c.isalnum() else "-" for c in request.node.name)
     return Schedule(name=name, cron="0 * * * *", zone="UTC", sweep=Path("s.toml"))
-
-
-def finish(slots: Slots | Memory, name: str, status: str = "FINISHED") -> None:
-    """Do what a sweep's driver does, as far as MLflow sees it."""
-    if isinstance(slots, Memory):
-        slots.finished |= {name} if status == "FINISHED" else set()
-        return
-    client = MlflowClient(tracking_uri=slots.uri)
-    experiment = client.get_experiment_by_name(name)
-    parent = client.create_run(experiment.experiment_id, tags={"sweep": name}).info.run_id
-    trial = client.create_run(experiment.experiment_id, tags={"mlflow.parentRunId": parent})
-    client.set_terminated(trial.info.run_id, "FINISHED")
-    client.set_terminated(parent, status)
 
 
 def test_nothing_is_recorded_at_first(slots: Slots | Memory, schedule: Schedule) -> None:

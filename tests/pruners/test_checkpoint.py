@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from pruners import Plan, PrunableViT, Step, load_method
 from pruners.checkpoint import read_description
-from tests.conftest import TINY, images_for
+from tests.models import TINY, images_for
 
 
 def pruned(tiny) -> PrunableViT:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pruners import Plan, PrunableViT, Step, cost_of, load_method
 from pruners.families.learned import Learned
-from tests.conftest import TINY, images_for
+from tests.models import TINY, images_for
 
 
 def mixed_plan(units: float, tokens: float, weights: float) -> Plan:

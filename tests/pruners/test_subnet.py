@@ -24,7 +24,7 @@ from pruners.model.shape import units_kept
 from pruners.model.sites import KINDS, kind_of
 from pruners.model.types import Batches, Scores
 from pruners.subnet import Subnet, shared_scores
-from tests.conftest import VARIANTS, images_for
+from tests.models import VARIANTS, images_for
 
 ADDERS = ("cait_tokens", "dynamic_vit", "spvit")
 MOVERS = ("cap", "fast_cap", "mfac", "woodfisher")

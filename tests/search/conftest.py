@@ -1,31 +1,20 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from pruners import PrunableViT
-from search.records.trial_record import TrialRecord, model_path
-from search.sweep.spec import Sweep
+from search.records.trial_record import model_path
 from search.sweep.toml import load_sweep
-from search.tracking.served import Served, make_served
+from search.tracking.served import make_served
 from search.trial.trial_files import TrialFiles
-from tests.conftest import build_tiny, write_sweep
-from tests.pruners.export.test_onnx import cut
-from tests.search.data.test_shards import features, write_classes
-from tests.search.records.test_files import record
+from tests.images import features, write_classes
+from tests.models import build_tiny, cut
+from tests.search.made import Made
 from tests.search.trial_events import config_of, result_of
-
-MINIMAL = """
-name = "a"
-budget = [0.3, 0.8]
-trials = 4
-epochs = 1
-model.name = "vit_tiny_patch16_224"
-data = { train = "t", val = "v", test = "s" }
-steps = [{ method = "magnitude", scope = "layer" }]
-"""
+from tests.search.trial_records import record
+from tests.sweeps import MINIMAL, write_sweep
 
 
 @pytest.fixture
@@ -33,16 +22,6 @@ def minimal(tmp_path: Path) -> Path:
     path = tmp_path / "a.toml"
     path.write_text(MINIMAL)
     return path
-
-
-@dataclass(frozen=True, kw_only=True)
-class Made:
-    """The MLflow model of one trial, made for real, and what it was made of."""
-
-    sweep: Sweep
-    member: TrialRecord
-    vit: PrunableViT
-    served: Served
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,8 @@ from search.check import check, label_range
 from search.data.shards import find_shards
 from search.sweep.spec import SweepError
 from search.sweep.toml import load_sweep
-from tests.conftest import TINY, labelled, write_images
+from tests.images import labelled, write_images
+from tests.models import TINY
 
 
 def test_a_right_sweep_gives_its_model_and_space(sweep_file: Path) -> None:

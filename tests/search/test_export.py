@@ -18,7 +18,7 @@ from search.records.files import write_trials
 from search.records.trial_record import TrialRecord
 from search.sweep.toml import load_sweep, sweep_toml
 from search.trial.trial_files import TrialFiles
-from tests.conftest import images_for
+from tests.models import images_for
 from tests.search.trial_events import config_of, result_of
 
 ALL = {

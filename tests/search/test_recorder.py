@@ -2,10 +2,8 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +17,7 @@ from search.records.ledger import Ledger
 from search.report.progress import Progress
 from search.sweep.spec import Sweep, SweepFailedError
 from search.sweep.toml import load_sweep
-from tests.search.trial_events import config_of, result_of
-
-PLAN = {"steps": [{"method": "magnitude", "options": {}, "thresholds": {"blocks.0.mlp.fc1": 0.5}}]}
+from tests.search.recorded import DENSE, Clock, result, trial_of
 
 
 class Logged:
@@ -39,14 +35,6 @@ class Logged:
         return [call[1:] for call in self.calls if call[0] == name]
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
 def sweep(sweep_file: Path) -> Sweep:
     sweep = load_sweep(sweep_file, ["constraints.max_drop=20.0"])
@@ -58,26 +46,6 @@ def make(sweep: Sweep, clock: Clock | None = None) -> Recorder:
     progress = Progress(io.StringIO(), trials=9, epochs=1)
     calls: Any = [Logged(), Logged()]  # of the tracker and of the searcher
     return Recorder(Ledger(sweep), calls[0], progress, calls[1], clock or Clock())
-
-
-def trial_of(name: str, ratio: float = 0.5, origin: str = "search", of: str = "") -> Any:
-    plan = json.dumps({"steps": []} if origin == "dense" else PLAN)
-    config = config_of(name, origin=origin, epochs=1, plan=plan, cost_ratio=ratio, of=of)
-    return SimpleNamespace(config=config.to_json(), trial_id=f"ray-{name}", error_file=None)
-
-
-def result(trial: Any, top1: float, epoch: int = 0, status: str = "finished") -> dict[str, Any]:
-    ratio = trial.config["cost_ratio"]
-    found = result_of(
-        trial.config["trial"],
-        epoch=epoch,
-        status=status,
-        val_top1=top1,
-        gmacs=ratio,
-        effective_gmacs=ratio,
-        by_class=[top1, None],
-    )
-    return found.to_report()
 
 
 def fails(trial: Any, said: str) -> None:
@@ -97,9 +65,6 @@ def run(recorder: Recorder, trial: Any, top1: float, status: str = "finished") -
     start(recorder, trial)
     recorder.on_trial_result(0, [], trial, result(trial, top1, status=status))
     recorder.on_trial_complete(0, [], trial)
-
-
-DENSE = trial_of("0000", 1.0, "dense")
 
 
 def test_a_trial_from_start_to_end(sweep: Sweep) -> None:

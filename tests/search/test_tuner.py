@@ -26,13 +26,13 @@ from search.records.front_diff import change
 from search.records.journal import Journal
 from search.sweep.spec import SweepError
 from search.sweep.toml import load_sweep
-from search.tracking.runs import local_uri
+from search.tracking.addresses import local_uri
 from search.trial.worker_group import HEAD
 from search.tuner import bundle, most_trials_at_once
-from tests.conftest import write_images
+from tests.images import write_images
+from tests.processes import ROOT
 
 pytestmark = pytest.mark.usefixtures("ray_session")
-ROOT = Path(__file__).parents[2]
 
 
 def states(directory: Path) -> list[TrialState]:

@@ -7,26 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from pruners import Plan, PrunableViT, Step, load_method
 from pruners.export.onnx import agreement, agreement_of, export_program, write_onnx, write_program
-from tests.conftest import VARIANTS, images_for
-
-
-def cut(vit: PrunableViT) -> PrunableViT:
-    """A model with all that pruning leaves: uneven blocks, lost branches, merged tokens, zeros."""
-    units = {
-        "blocks.0.attn.head": 0.34,
-        "blocks.1.attn.head": 1.0,
-        "blocks.1.mlp.neuron": 0.3,
-        "blocks.2.mlp.neuron": 1.0,
-    }
-    steps = (
-        Step(pruner=load_method("grouped", criterion="magnitude"), thresholds=units),
-        Step(pruner=load_method("tome"), thresholds={"blocks.0.token": 0.3}),
-        Step(pruner=load_method("magnitude"), thresholds={"blocks.0.mlp.fc1": 0.5}),
-    )
-    Plan(steps=steps).apply(vit)
-    return vit
+from tests.models import VARIANTS, cut, images_for
 
 
 @pytest.mark.parametrize("variant", ["pooled", "qk_norm", "grey_no_bias"])

@@ -21,7 +21,7 @@ from pruners.export.semi_structured import (
     semi_structured_layers,
     to_semi_structured,
 )
-from tests.conftest import images_for
+from tests.models import images_for
 
 WIDE = {"embed_dim": 64, "num_heads": 4, "depth": 2}  # qkv 192 x 64, fc1 256 x 64, fc2 64 x 256
 

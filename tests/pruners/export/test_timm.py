@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from pruners import Plan, PrunableViT, Step, load_method
 from pruners.export.timm import why_not, write_timm
 from pruners.model.surgery import keep_attention_writes, remove_attention, remove_mlp
-from tests.conftest import TINY, VARIANTS, images_for
+from tests.models import TINY, VARIANTS, images_for
 
 UNITS = {  # uneven sizes, and a block that is gone
     "blocks.0.attn.head": 0.34,

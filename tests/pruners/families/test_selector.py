@@ -14,7 +14,7 @@ from pruners import PrunableViT, ViTShape, cost_of
 from pruners.families.selector import EMBEDDINGS, SelectorPruner
 from pruners.model.tokens import FrontReducer, TokenReducer, Tokens
 from pruners.model.types import Thresholds
-from tests.conftest import TINY, images_for
+from tests.models import TINY, images_for
 
 DEEP = {"img_size": (48, 32), "depth": 12}  # 24 patches
 

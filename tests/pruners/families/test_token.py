@@ -9,7 +9,7 @@ from timm.models.deit import VisionTransformerDistilled
 from pruners import Plan, PrunableViT, Step, cost_of, load_method, method_names
 from pruners.export.onnx import agreement, export_program, write_onnx
 from pruners.families.token import quarters
-from tests.conftest import TINY, VARIANTS, images_for
+from tests.models import TINY, VARIANTS, images_for
 
 METHODS = [name for name in method_names() if load_method(name).family == "token"]
 LARGE = {"img_size": (48, 32), "depth": 4}  # 24 patches, 6 rows of 4

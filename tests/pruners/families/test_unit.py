@@ -10,7 +10,7 @@ import torch
 from pruners import cost_of
 from pruners.families.unit import UnitPruner
 from pruners.model.sites import KINDS
-from tests.conftest import VARIANTS, images_for
+from tests.models import VARIANTS, images_for
 
 
 @dataclass(frozen=True, kw_only=True)

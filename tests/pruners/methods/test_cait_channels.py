@@ -15,7 +15,7 @@ from pruners.methods.cait_channels import StraightThroughGate, removed_share
 from pruners.model.sites import kind_of
 from pruners.model.surgery import keep_heads, remove_attention, remove_mlp
 from pruners.training.learner import LearningData, run
-from tests.conftest import images_for
+from tests.models import images_for
 
 WIDE = {"embed_dim": 48, "patch_size": 4}  # 16 dims per head, twice the floor; 25 tokens
 

@@ -15,7 +15,7 @@ from pruners import Plan, PrunableViT, Step, cost_of, load_method
 from pruners.methods.cait_tokens import MergeNeighbours, feature_map
 from pruners.model.tokens import Tokens
 from pruners.training.learner import LearningData
-from tests.conftest import VARIANTS, images_for
+from tests.models import VARIANTS, images_for
 
 LARGE = {"img_size": (48, 32), "depth": 4}  # 6 rows of 4 patches
 

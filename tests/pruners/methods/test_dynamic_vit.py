@@ -15,7 +15,7 @@ from pruners import PrunableViT, cost_of, load_method
 from pruners.methods.dynamic_vit import Predictor
 from pruners.model import attention
 from pruners.model.tokens import Tokens
-from tests.conftest import VARIANTS, images_for
+from tests.models import VARIANTS, images_for
 
 LARGE = {"img_size": (48, 32), "depth": 4}  # 24 patches, 6 rows of 4
 TWO = {"blocks.1.token": 0.4, "blocks.3.token": 0.35}

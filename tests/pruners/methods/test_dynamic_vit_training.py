@@ -13,7 +13,7 @@ from pruners import PrunableViT, load_method
 from pruners.model.types import Thresholds
 from pruners.training.evaluation import evaluate
 from pruners.training.fine_tune import FineTuner, Recipe
-from tests.conftest import TINY, images_for
+from tests.models import TINY, images_for
 
 THREE = {"blocks.1.token": 0.3, "blocks.2.token": 0.3, "blocks.3.token": 0.3}
 PLAIN = Recipe(epochs=2, distill=0.0, precision="float32")

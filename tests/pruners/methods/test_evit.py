@@ -8,7 +8,7 @@ import torch
 from pruners import Plan, PrunableViT, Step, cost_of, load_method
 from pruners.methods.evit import EViTReducer
 from pruners.model.tokens import Tokens
-from tests.conftest import images_for
+from tests.models import images_for
 
 SITE = "blocks.0.token"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pruners import Plan, Step, cost_of, load_method
-from tests.conftest import images_for
+from tests.models import images_for
 
 ALL = ("head", "qk_dim", "v_dim", "neuron")
 

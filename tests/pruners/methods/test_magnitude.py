@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pruners import Plan, PrunableViT, Step, cost_of, load_method
-from tests.conftest import TINY
+from tests.models import TINY
 
 
 def test_the_smallest_weights_of_each_layer_go(tiny) -> None:

@@ -13,7 +13,7 @@ from pruners.methods.spvit import Selector
 from pruners.model.policy import PolicyLoss, ratio_loss
 from pruners.model.soft_tokens import package
 from pruners.model.tokens import Tokens, split_by_score, take_tokens
-from tests.conftest import VARIANTS, images_for
+from tests.models import VARIANTS, images_for
 
 TWO_STAGES = {"blocks.1.token": 0.3, "blocks.2.token": 0.5}
 

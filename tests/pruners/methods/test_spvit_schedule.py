@@ -18,7 +18,7 @@ from pruners.model.tokens import Tokens, split_by_score
 from pruners.training.evaluation import evaluate
 from pruners.training.fine_tune import FineTuner, Recipe
 from pruners.training.learner import LearningData
-from tests.conftest import images_for
+from tests.models import images_for
 
 
 def marked_images(count: int, seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:

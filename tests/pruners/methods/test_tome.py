@@ -13,7 +13,7 @@ from pruners import Plan, PrunableViT, Step, cost_of, load_method
 from pruners.methods.tome import MergeSimilar, match
 from pruners.model.attention import Attended
 from pruners.model.tokens import Tokens
-from tests.conftest import VARIANTS, images_for
+from tests.models import VARIANTS, images_for
 
 LARGE = {"img_size": (48, 32)}  # 24 patches
 

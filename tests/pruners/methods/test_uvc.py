@@ -14,7 +14,7 @@ from pruners.model.tokens import Tokens
 from pruners.model.vit import Block
 from pruners.training.learner import LearningData, run
 from pruners.training.optimisation import distillation
-from tests.conftest import images_for
+from tests.models import images_for
 
 
 def fresh(vit, batches, **options):

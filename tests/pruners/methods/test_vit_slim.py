@@ -13,7 +13,7 @@ from pruners import PrunableViT, cost_of, load_method
 from pruners.methods.vit_slim import patches_kept, token_site
 from pruners.model.sites import kind_of
 from pruners.training.learner import LearningData, run
-from tests.conftest import VARIANTS, images_for
+from tests.models import VARIANTS, images_for
 
 PATCHES = {"patch_size": 4}  # 24 patches instead of 6
 ALL = ("ragged_dim", "neuron", "token")

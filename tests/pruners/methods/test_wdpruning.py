@@ -15,7 +15,7 @@ from pruners.families.allocation import same_share
 from pruners.methods.wdpruning import keep_highest, kept_count, ranks, remaining_weights
 from pruners.model.gates import Gate, remove_gates
 from pruners.training.learner import LearningData, run
-from tests.conftest import VARIANTS, images_for
+from tests.models import VARIANTS, images_for
 
 Batches = list[tuple[Tensor, Tensor]]
 

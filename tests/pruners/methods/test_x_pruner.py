@@ -10,7 +10,7 @@ from pruners import cost_of, load_method
 from pruners.methods.x_pruner import second_difference
 from pruners.model.gates import remove_gates
 from pruners.training.learner import LearningData, run
-from tests.conftest import images_for
+from tests.models import images_for
 
 
 def fresh(vit, batches, **options):

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from pruners import PrunableViT
 from pruners.model.architecture import MOST_PER_STORED, build, check_size
-from tests.conftest import TINY
+from tests.models import TINY
 
 OUTSIDE = ("checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "device")
 """Arguments with which timm reads, fetches or unpickles a file, or builds elsewhere."""

@@ -5,7 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pruners import Plan, PrunableViT, Step, cost_of, load_method
-from tests.conftest import VARIANTS, images_for
+from tests.models import VARIANTS, images_for
 
 FULL_SIZE = [
     "vit_tiny_patch16_224",

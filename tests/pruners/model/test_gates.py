@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pruners.model.gates import SLOTS, add_gates, fold_gates, hard, linear_macs, remove_gates
-from tests.conftest import VARIANTS, images_for
+from tests.models import VARIANTS, images_for
 
 FOLDED = {"query": 24, "key": 24, "mixed": 24, "neuron": 96}
 

@@ -20,7 +20,7 @@ from pruners.model.surgery import (
     remove_attention,
     remove_mlp,
 )
-from tests.conftest import TINY, VARIANTS, images_for
+from tests.models import TINY, VARIANTS, images_for
 
 
 def zero_rows(layer: torch.nn.Linear, rows: torch.Tensor) -> None:

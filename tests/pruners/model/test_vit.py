@@ -8,7 +8,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from pruners import PrunableViT
-from tests.conftest import TINY, VARIANTS, images_for
+from tests.models import TINY, VARIANTS, images_for
 
 TIMM_MODELS = {
     "vit_tiny_patch16_224": {"img_size": 64},

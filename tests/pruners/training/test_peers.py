@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pruners.training.fine_tune import FineTuner, Recipe, TrainingLeftError
 from pruners.training.optimisation import NonFiniteLossError
 from pruners.training.peers import PeerOutOfMemoryError, Peers
-from tests.conftest import build_tiny
+from tests.models import build_tiny
 
 pytestmark = pytest.mark.slow
 SIZE = 2

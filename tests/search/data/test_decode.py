@@ -9,7 +9,7 @@ from PIL import Image
 
 from search.data import decode as module
 from search.data.decode import Corrupt, ImageSpec, decode, decode_all
-from tests.conftest import png, random_pixels
+from tests.images import png, random_pixels
 
 RGB = ImageSpec(size=(24, 16), channels=3, mean=(0.0,) * 3, std=(1.0,) * 3)
 GREY = ImageSpec(size=(24, 16), channels=1, mean=(0.0,), std=(1.0,))

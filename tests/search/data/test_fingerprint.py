@@ -11,7 +11,7 @@ from search.data.splits import open_split
 from search.records.ledger import Ledger, refuse_another
 from search.sweep.spec import SweepError
 from search.sweep.toml import load_sweep
-from tests.conftest import labelled, write_images
+from tests.images import labelled, write_images
 
 
 def identity_of(sweep_file: Path, *sets: str) -> dict[str, str]:

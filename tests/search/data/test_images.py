@@ -15,7 +15,7 @@ from search.data.augment import Epoch
 from search.data.decode import ImageSpec
 from search.data.images import Images, open_images
 from search.data.shards import find_shards
-from tests.conftest import png, random_pixels, write_images
+from tests.images import png, random_pixels, write_images
 
 SPEC = ImageSpec(size=(24, 16), channels=3, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
 PIXELS = random_pixels(50, 24, 16)

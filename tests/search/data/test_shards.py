@@ -1,26 +1,12 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 
 from search.data.shards import find_shards
-from tests.conftest import labelled, write_images
-
-
-def write_classes(path: Path, metadata: Any) -> None:
-    """Write into a Parquet file what `datasets` writes: its features, as JSON."""
-    table = pq.read_table(path)
-    content = {b"huggingface": json.dumps(metadata).encode()}
-    pq.write_table(table.replace_schema_metadata(content), path)
-
-
-def features(names: Any) -> dict[str, Any]:
-    label = {"names": names, "_type": "ClassLabel"}
-    return {"info": {"features": {"image": {"_type": "Image"}, "label": label}}}
+from tests.images import features, labelled, write_classes, write_images
 
 
 def test_classes_have_the_names_that_hugging_face_wrote(tmp_path: Path) -> None:

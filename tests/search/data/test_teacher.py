@@ -18,7 +18,8 @@ from search.data.augment import Epoch, crop_and_flip, draw_views
 from search.data.decode import ImageSpec
 from search.data.images import Images, open_images
 from search.data.teacher import PREFIX, Teacher, make_room, open_answers, weights_digest
-from tests.conftest import TINY, png, random_pixels, write_images
+from tests.images import png, random_pixels, write_images
+from tests.models import TINY
 
 SPEC = ImageSpec(size=(24, 16), channels=3, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
 PIXELS = random_pixels(40, 24, 16)

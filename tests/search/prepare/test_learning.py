@@ -20,7 +20,7 @@ from search.prepare.learning import FOLDER, identity, learn_all, learn_once
 from search.records.files import read_front, read_trials
 from search.sweep.spec import SweepFailedError
 from search.sweep.toml import load_sweep
-from search.tracking.runs import local_uri
+from search.tracking.addresses import local_uri
 
 QUICK = 'steps=[{method="x_pruner", mask_epochs=1, epochs=1}, {method="evit"}]'
 LEARNERS = [name for name in method_names() if isinstance(load_method(name), LearnedPruner)]

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -9,41 +8,7 @@ import pytest
 
 from search.records.files import read_front, read_trials, write_front, write_trials
 from search.records.front import Front, build_front
-from search.records.trial_record import TrialRecord
-
-
-def record(
-    trial: str, cost: float, top1: float | None, status: str = "finished", **more
-) -> TrialRecord:
-    values = {
-        "trial": trial,
-        "name": f"{trial} grouped {cost:.2f}x",
-        "status": status,
-        "origin": "search",
-        "methods": "grouped",
-        "epochs": 2,
-        "cost_ratio": cost,
-        "val_top1": top1,
-        "gmacs": 2 * cost,
-        "effective_gmacs": cost,
-        "params": 1000,
-        "density": 0.5,
-        "images_per_s": 12.5,
-        "plan": {
-            "steps": [
-                {"method": "grouped", "options": {}, "thresholds": {"blocks.0.mlp.neuron": 0.5}}
-            ]
-        },
-        "plan_line": "grouped: neurons -50 %",
-        "shape": {"dim": 8, "blocks": [], "nonzero": {}},
-        "seconds": 3.5,
-        "history": [{"epoch": 0, "val_top1": 50.0}, {"epoch": 1, "val_top1": 60.0}],
-        "checkpoint": f"models/{trial}/epoch-0001",
-    }
-    return TrialRecord(**{**values, **more})
-
-
-DENSE = record("0000", 1.0, 80.0, "dense", origin="dense", methods="dense")
+from tests.search.trial_records import DENSE, record
 
 
 def test_trials_round_trip(tmp_path) -> None:
@@ -84,34 +49,6 @@ def test_front_round_trip(tmp_path) -> None:
         "plan",
     }
     assert all(wanted <= set(member) for member in (*values["front"], values["dense"]))
-
-
-def test_only_finished_finite_trials_enter_the_front() -> None:
-    records = [
-        record("0001", 0.5, 70.0),
-        record("0002", 0.4, 99.0, "failed"),
-        record("0003", 0.3, 99.0, "stopped"),
-        record("0004", 0.2, 99.0, "running"),
-        record("0005", 0.2, math.nan),
-        record("0006", 0.2, None),
-        record("0007", 0.6, 60.0),
-        DENSE,
-    ]
-    front = build_front(records, "effective_gmacs")
-    assert [m.trial for m in front.members] == ["0001"]
-    assert front.dense == DENSE
-    assert front.hypervolume == pytest.approx(0.5 * 0.7)
-
-
-def test_the_chosen_cost_decides() -> None:
-    a, b = record("0001", 0.5, 70.0), record("0002", 0.4, 65.0, gmacs=1.5)
-    assert len(build_front([DENSE, a, b], "effective_gmacs").members) == 2
-    assert [m.trial for m in build_front([DENSE, a, b], "gmacs").members] == ["0001"]
-
-
-def test_a_front_needs_the_dense_model() -> None:
-    with pytest.raises(ValueError, match="measure the dense model first"):
-        build_front([record("0001", 0.5, 70.0)], "gmacs")
 
 
 @pytest.mark.parametrize(
@@ -177,8 +114,3 @@ def test_what_a_front_shows_is_checked(change: dict, tmp_path) -> None:
     path.write_text("[" * 100_000)
     with pytest.raises(ValueError, match=r"front\.json is no front"):
         read_front(path)
-
-
-def test_a_record_cannot_be_changed() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        DENSE.val_top1 = 90.0  # type: ignore[misc]

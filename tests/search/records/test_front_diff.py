@@ -6,7 +6,7 @@ import pytest
 
 from search.records.front import Front, build_front
 from search.records.front_diff import change
-from tests.search.records.test_files import DENSE, record
+from tests.search.trial_records import DENSE, record
 
 
 def front_of(*points: tuple[str, float, float], cost: str = "effective_gmacs") -> Front:

@@ -17,8 +17,7 @@ import pytest
 from search.records import lease
 from search.records.lease import Attempt, check_attempt, hold, newest
 from search.sweep.spec import SweepError, SweepFailedError
-
-ROOT = Path(__file__).parents[3]
+from tests.processes import ROOT
 
 HOLDER = """
 import sys, time

@@ -13,8 +13,8 @@ from search.records.journal import Journal
 from search.records.ledger import Ledger, new_record
 from search.sweep.spec import Sweep
 from search.sweep.toml import load_sweep
-from tests.search.test_recorder import DENSE, Clock, trial_of
-from tests.search.test_recorder import result as report
+from tests.search.recorded import DENSE, Clock, trial_of
+from tests.search.recorded import result as report
 
 
 def config(trial: Any) -> TrialConfig:

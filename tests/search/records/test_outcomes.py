@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from search.records.outcomes import Reason, counts, reasons
-from tests.search.records.test_files import DENSE, record
+from tests.search.trial_records import DENSE, record
 
 RECORDS = [
     DENSE,

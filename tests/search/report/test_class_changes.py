@@ -10,7 +10,7 @@ from PIL import Image
 from search.records.front import Front, build_front
 from search.report.class_changes import class_changes, draw_classes, label
 from search.report.drawing import write_png
-from tests.search.records.test_files import DENSE, record
+from tests.search.trial_records import DENSE, record
 
 
 def front_of(

@@ -17,7 +17,7 @@ from search.report.compare import (
     rows,
     write_comparison,
 )
-from tests.search.records.test_files import DENSE, record
+from tests.search.trial_records import DENSE, record
 
 
 def written(

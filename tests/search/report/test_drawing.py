@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from search.report.drawing import INK, PALE, blank, plain, spread, svg, write_png
-from tests.search.records.test_files import record
+from tests.search.trial_records import record
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from plotly.offline import get_plotlyjs
 
 from search.records.front import build_front
 from search.report.front_plot import front_figure, front_html
-from tests.search.records.test_files import DENSE, record
+from tests.search.trial_records import DENSE, record
 
 RECORDS = [
     DENSE,

@@ -4,8 +4,8 @@ import dataclasses
 
 from search.records.front import build_front
 from search.report.gallery import gallery
-from tests.search.records.test_files import DENSE, record
-from tests.search.tracking.test_runs import SHAPE
+from tests.search.logged import SHAPE
+from tests.search.trial_records import DENSE, record
 
 
 def test_classes_are_drawn_where_they_are_known() -> None:

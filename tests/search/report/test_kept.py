@@ -12,7 +12,7 @@ from pruners import Plan, Step, load_method
 from search.records.front import Front, build_front
 from search.report.drawing import write_png
 from search.report.kept import MOST, PANELS, draw_kept, draw_plan, kept_shares
-from tests.search.records.test_files import DENSE, record
+from tests.search.trial_records import DENSE, record
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from search.report.pictures import (
     draw_methods,
     fronts_by_methods,
 )
-from tests.search.records.test_files import DENSE, record
+from tests.search.trial_records import DENSE, record
 
 
 def sweep(members: int) -> tuple[Front, list[TrialRecord]]:

@@ -7,7 +7,7 @@ import pytest
 
 from search.records.front import build_front
 from search.report.progress import Progress, duration, front_line, front_table, trial_line
-from tests.search.records.test_files import DENSE, record
+from tests.search.trial_records import DENSE, record
 
 
 class Clock:

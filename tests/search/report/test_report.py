@@ -16,8 +16,8 @@ from search.records.front import build_front
 from search.records.journal import Journal
 from search.records.ledger import LEDGER
 from search.report.report import masks_by_class, write_report
-from tests.search.records.test_files import DENSE, record
-from tests.search.tracking.test_runs import SHAPE
+from tests.search.logged import SHAPE
+from tests.search.trial_records import DENSE, record
 
 RECORDS = [
     dataclasses.replace(DENSE, shape=SHAPE, by_class=[80.0, 90.0, None]),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import math
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +20,6 @@ from search.strategy.moasha import MoAsha, Rung
 from search.strategy.rungs import Floats, bracket_of
 from tests.search.trial_events import config_of, result_of
 
-ROOT = Path(__file__).parents[3]
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
 
 

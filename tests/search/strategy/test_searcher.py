@@ -16,7 +16,7 @@ from pruners import Plan
 from search.records.events import EpochResult, TrialConfig
 from search.records.journal import Journal
 from search.records.ledger import Ledger
-from search.space.space import Space
+from search.space.build import build_space
 from search.strategy.confirm import standard_error, to_confirm, to_train_long
 from search.strategy.export_study import export_study
 from search.strategy.searcher import PlanSearcher
@@ -60,7 +60,7 @@ def searcher(tiny, tmp_path: Path) -> Callable[..., PlanSearcher]:
             }
         )
         sweep.directory.mkdir(parents=True, exist_ok=True)
-        space = Space(sweep, tiny().shape())
+        space = build_space(sweep, tiny().shape())
         clock = clock or Clock()
         ledger = Ledger(sweep, clock)
         ledger.begin()

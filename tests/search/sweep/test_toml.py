@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from search.sweep.spec import Sweep, SweepError
 from search.sweep.toml import check_files, load_sweep, sweep_toml
-from tests.search.conftest import MINIMAL
+from tests.sweeps import MINIMAL
 
 SWEEPS = Path(__file__).parents[3] / "search" / "sweeps"
 

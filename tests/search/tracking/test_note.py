@@ -5,7 +5,7 @@ import pytest
 from search.records.front import build_front
 from search.sweep.toml import load_sweep
 from search.tracking.note import LONGEST, about_sweep, note
-from tests.search.records.test_files import DENSE, record
+from tests.search.trial_records import DENSE, record
 
 
 def rows_below(text: str, header: str) -> list[str]:

@@ -15,10 +15,10 @@ from search.records.front import Front, build_front
 from search.records.journal import Journal
 from search.records.ledger import LEDGER
 from search.records.trial_record import TrialRecord
+from search.tracking.addresses import local_uri
 from search.tracking.parent_page import ParentPage
-from search.tracking.runs import local_uri
-from tests.search.records.test_files import DENSE, record
-from tests.search.tracking.test_runs import SHAPE, tracked
+from tests.search.logged import SHAPE, tracked
+from tests.search.trial_records import DENSE, record
 
 
 @pytest.fixture

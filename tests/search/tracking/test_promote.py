@@ -17,9 +17,9 @@ import torch
 
 from search.__main__ import main
 from search.tracking.promote import tracking_uri
-from tests.cluster.conftest import BIN, free_port
-from tests.search.conftest import Made
-from tests.search.tracking.test_registry import Sweep, World
+from tests.processes import BIN, free_port
+from tests.search.made import Made
+from tests.search.store import Sweep, World
 
 
 @pytest.fixture(scope="module")

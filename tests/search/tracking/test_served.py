@@ -19,7 +19,7 @@ from search.records.digests import directory_digest
 from search.sweep.spec import Sweep
 from search.tracking import served as module
 from search.tracking.served import Served, make_served
-from tests.search.conftest import Made
+from tests.search.made import Made
 
 DIGESTS = {"model": "aa", "data.val": "bb"}
 

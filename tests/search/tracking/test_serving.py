@@ -10,8 +10,8 @@ import ray
 from search.records.front import build_front
 from search.sweep.spec import SweepFailedError
 from search.tracking.serving import served_models, start_serving
-from tests.search.conftest import Made
-from tests.search.records.test_files import DENSE
+from tests.search.made import Made
+from tests.search.trial_records import DENSE
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 

@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow.exceptions import MlflowException
 
 from search.records.front import build_front
 from search.records.journal import Journal
@@ -16,11 +14,12 @@ from search.sweep.spec import SweepFailedError
 from search.tracking import tracker as tracker_module
 from search.tracking.runs import SweepRuns
 from search.tracking.tracker import Tracker
-from tests.search.records import test_files
-from tests.search.records.test_files import record
-from tests.search.tracking.test_runs import SHAPE, asked, ended, epoch, opened
+from tests.search import trial_records
+from tests.search.flaky import flaky
+from tests.search.logged import SHAPE, asked, ended, epoch, opened
+from tests.search.trial_records import record
 
-DENSE = dataclasses.replace(test_files.DENSE, shape=SHAPE)
+DENSE = dataclasses.replace(trial_records.DENSE, shape=SHAPE)
 FIRST = record("0001", 0.6, 60.0, shape=SHAPE)
 FRONT = build_front([DENSE, FIRST], "effective_gmacs")
 EVENTS = [
@@ -71,22 +70,6 @@ def test_what_happens_is_logged_while_it_happens(tracker: Tracker) -> None:
         assert tracker.wait(10.0)
     assert histories(tracker.runs) == WHOLE
     assert tracker.trouble == ""
-
-
-def flaky(call: Callable[..., Any], *, after: bool) -> Callable[..., Any]:
-    """Let every second call fail, by chance, before or after it is done."""
-    rng = random.Random(0)
-
-    def one(*args: Any, **more: Any) -> Any:
-        fails = rng.random() < 0.5
-        if fails and not after:
-            raise MlflowException("refused")
-        answer = call(*args, **more)
-        if fails:
-            raise TimeoutError("the answer was lost")
-        return answer
-
-    return one
 
 
 @pytest.mark.parametrize("after", [False, True])

@@ -5,9 +5,9 @@ import json
 import zlib
 
 from search.records.events import METRICS
-from search.tracking.runs import trial_params
+from search.tracking.params import trial_params
 from search.tracking.views import COLUMNS, FRONT, TRIALS, view_address, view_tags
-from tests.search.records.test_files import record
+from tests.search.trial_records import record
 
 
 def test_views_show_what_is_logged() -> None:

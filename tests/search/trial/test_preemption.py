@@ -5,14 +5,12 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 
 from search.trial import preemption
 from search.trial.preemption import Notice, node_is_drained
-
-ROOT = Path(__file__).parents[3]
+from tests.processes import ROOT
 
 
 def test_sigterm_is_noticed_only_where_it_is_heeded() -> None:

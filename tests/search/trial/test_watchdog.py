@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from search.trial.watchdog import ends_if_hung, has_hung
-
-ROOT = Path(__file__).parents[3]
+from tests.processes import ROOT
 
 HANGS = """
 import sys, time

@@ -23,7 +23,7 @@ from search.trial.preemption import ToldToEndError
 from search.trial.trial import Trial
 from search.trial.worker import FirstWorker, follow
 from search.trial.workers import OneWorker
-from tests.conftest import write_sweep
+from tests.sweeps import write_sweep
 
 pytestmark = pytest.mark.slow
 

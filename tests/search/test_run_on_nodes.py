@@ -14,8 +14,9 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from search.records.files import read_trials
-from tests.chaos.faults import ROOT, Faulty, environment
-from tests.conftest import write_sweep
+from tests.chaos.faults import Faulty, environment
+from tests.processes import ROOT
+from tests.sweeps import write_sweep
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -10,7 +10,7 @@ import torch
 from pruners import load_method
 from search.sweep.toml import load_sweep
 from search.trial.inputs import TrialInputs, pack, unpack
-from tests.conftest import VARIANTS, images_for
+from tests.models import VARIANTS, images_for
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
