@@ -32,6 +32,7 @@ from search.records.trial_record import TrialRecord
 from search.report.progress import Progress, front_line
 from search.space.draw import draw_plans
 from search.space.space import Space
+from search.strategy.export_study import export_study
 from search.strategy.fifo import InOrder
 from search.strategy.moasha import MoAsha
 from search.strategy.searcher import PlanSearcher
@@ -41,7 +42,7 @@ from search.tracking.runs import SweepRuns
 from search.tracking.tracker import Tracker
 from search.trial.inputs import TrialInputs
 from search.trial.node_memory import full_nodes_end_actors_only
-from search.trial.trial import PlanTrial
+from search.trial.tune_adapter import PlanTrial
 from search.trial.worker_group import HEAD, SharedTrial, ray_folder, worker_bundle
 
 ELASTIC_PLANS = 256
@@ -57,14 +58,14 @@ RAY_SETTINGS = {  # environment variables
 
 
 def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) -> Front:
-    """Run a sweep to its end, or continue an interrupted one, and return its front.
+    """Run a sweep to its end, or resume an interrupted one, and return its front.
 
     Ray must be connected. Everything is written below the sweep's directory.
 
     Raises:
         SweepError: If the directory holds another sweep, or another driver runs this one, or
             `start_from` holds none.
-        SweepInterruptedError: If it was interrupted (Ctrl-C); the same call continues it.
+        SweepInterruptedError: If it was interrupted (Ctrl-C); the same call resumes it.
     """
     concurrent = sweep.concurrency or most_trials_at_once(sweep)
     earlier = earlier_front(sweep)
@@ -86,16 +87,16 @@ def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) ->
                 start=elastic_start(sweep, dense, space, ledger, progress),
                 directory=sweep.directory.resolve(),
                 attempt=lease.attempt.number,
-                identity=digests,
+                fingerprint=digests,
             )
             known = [member.parameters for member in earlier.members] if earlier else []
             searcher = PlanSearcher(sweep, space, ledger, earlier=known, val_images=val.rows)
             run_trials(inputs, searcher, Recorder(ledger, tracker, progress, searcher), concurrent)
             records = list(ledger.records.values())
-            if not searcher.finished or any(r.status == "running" for r in records):
+            if not searcher.phases.finished or any(r.status == "running" for r in records):
                 raise SweepInterruptedError(interrupted_line(sweep, records))
-            progress.stopped(searcher.stopped)
-            searcher.export_study(sweep.directory / "study.db")
+            progress.stopped(searcher.phases.stopped)
+            export_study(searcher.phases.proposer.study, sweep.directory / "study.db")
             return finish(sweep, dense, digests, ledger, tracker, progress)
 
 
@@ -120,7 +121,7 @@ def val_shards(sweep: Sweep) -> Shards:
 
 
 def interrupted_line(sweep: Sweep, records: list[TrialRecord]) -> str:
-    """Say how far a sweep came, and how it goes on."""
+    """Say how far a sweep came, and how to resume it."""
     ended = [r for r in records if r.status != "running"]
     front = "no front yet"
     if any(r.status == "dense" for r in ended):
@@ -216,7 +217,7 @@ def run_trials(
     sweep, scheduler = inputs.sweep, InOrder()
     if sweep.halving is not None:
         scheduler = MoAsha(epochs=sweep.epochs, **sweep.halving.model_dump())
-        scheduler.repeat(recorder.ledger.past)
+        scheduler.replay(recorder.ledger.past)
     shutil.rmtree(sweep.directory / ray_folder(sweep), ignore_errors=True)
     trainable = PlanTrial if sweep.resources.workers == 1 else SharedTrial
     os.environ |= RAY_SETTINGS

@@ -18,10 +18,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pruners.model.files import replace_file, temporary_name
 from search.records.atomic import writing_to
+from search.records.typed import JsonObject
 from search.sweep.spec import SweepError, SweepFailedError
 
 LEASE = "lease"
@@ -205,7 +205,7 @@ def _replace(folder: Path, attempt: Attempt) -> None:
 
 def _read(path: Path) -> Attempt:
     try:
-        values: dict[str, Any] = json.loads(path.read_text())
+        values: JsonObject = json.loads(path.read_text())
         machine, number, start = values.pop("process")
         return Attempt(**values, process=(machine, number, start))
     except (ValueError, TypeError, KeyError) as error:

@@ -12,10 +12,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from pruners import ViTShape, cost_of
+from search.records.events import EpochResult, Event, TrialConfig
 from search.records.front import Front
 from search.records.front_diff import Change, change
 from search.records.journal import Journal
-from search.records.ledger import METRICS, Event, new_record
+from search.records.ledger import new_record
 from search.records.trial_record import TrialRecord
 from search.report.drawing import write_png
 from search.report.kept import draw_plan
@@ -150,7 +151,7 @@ class SweepRuns:
         self.client.log_dict(self.parent, event["run"], "elastic.json")
 
     def _start_trial(self, event: Event) -> None:
-        record = new_record(event["config"])
+        record = new_record(TrialConfig.from_json(event["config"]))
         tags = {
             "mlflow.parentRunId": self.parent,
             "trial": record.trial,
@@ -177,13 +178,14 @@ class SweepRuns:
         return found[0].info.run_id if found else None
 
     def _log_epoch(self, event: Event) -> None:
-        result = event["result"]
+        result = EpochResult.from_json(event["result"])
         metrics = [
-            Metric(key, float(result[key]), event["time"], result["epoch"]) for key in METRICS
+            Metric(key, value, event["time"], result.epoch)
+            for key, value in result.metrics().items()
         ]
-        run = self.trials[result["trial"]]
-        if result["epoch"] == 0:
-            kept = draw_plan(json.loads(result["shape"]), self.dense)
+        run = self.trials[result.trial]
+        if result.epoch == 0:
+            kept = draw_plan(json.loads(result.shape), self.dense)
             with tempfile.TemporaryDirectory() as folder:
                 write_png(kept, Path(folder) / "plan.png")
                 self.client.log_artifact(run, str(Path(folder) / "plan.png"))

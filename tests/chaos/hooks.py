@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from search.records.events import TrialConfig
     from search.sweep.spec import Sweep
 
 
@@ -168,8 +169,8 @@ def _watch() -> None:
         return load(path)
 
     class Files(trial_files.TrialFiles):
-        def __init__(self, directory: Path, config: dict[str, Any]) -> None:
-            note("trial", learned=config["learned"], bytes=len(json.dumps(config)))
+        def __init__(self, directory: Path, config: TrialConfig) -> None:
+            note("trial", learned=config.learned, bytes=len(json.dumps(config.to_json())))
             super().__init__(directory, config)
 
     splits.trial_device = device
