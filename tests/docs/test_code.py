@@ -8,13 +8,16 @@ import importlib.util
 import re
 import shlex
 import tomllib
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
-from cluster.__main__ import _parser as cluster_parser
-from search.__main__ import _parser as search_parser
+from cluster.__main__ import main as cluster
+from search.__main__ import main as search
 from search.sweep import Sweep
 from tests.docs.pages import PAGES, ROOT, Block, blocks, lines_of, resolves, spans
 
@@ -85,25 +88,46 @@ def commands() -> list[tuple[str, str]]:
     ]
 
 
+class Asked(Exception):  # noqa: N818
+    """Carries the parser that was asked to parse."""
+
+
+@cache
+def parser_of(main: Callable[[list[str]], int]) -> argparse.ArgumentParser:
+    """Return the parser of a command line, as the command line makes it."""
+
+    def ask(parser: argparse.ArgumentParser, *_: object) -> None:
+        raise Asked(parser)
+
+    with patch.object(argparse.ArgumentParser, "parse_args", ask), pytest.raises(Asked) as asked:
+        main([])
+    (parser,) = asked.value.args
+    assert isinstance(parser, argparse.ArgumentParser)
+    return parser
+
+
+def verbs(main: Callable[[list[str]], int]) -> set[str]:
+    actions = parser_of(main)._actions
+    (choices,) = (a.choices for a in actions if isinstance(a, argparse._SubParsersAction))
+    return set(choices)
+
+
+MAINS = {"search": search, "cluster": cluster}
+
+
 def arguments(command: str) -> tuple[str, list[str]]:
     """Return the package that a command runs, and its arguments."""
     words = shlex.split(command, comments=True)
     if words[0] == "python":
         return words[2], words[3:]
-    return ("search" if words[1] in verbs(search_parser()) else "cluster"), words[1:]
-
-
-def verbs(parser: argparse.ArgumentParser) -> set[str]:
-    (actions,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    return set(actions.choices)
+    return ("search" if words[1] in verbs(search) else "cluster"), words[1:]
 
 
 @pytest.mark.parametrize(("place", "command"), commands())
 def test_commands_parse(place: str, command: str) -> None:
     package, words = arguments(command)
-    parser = {"search": search_parser, "cluster": cluster_parser}[package]()
     try:
-        parser.parse_args(words)
+        parser_of(MAINS[package]).parse_args(words)
     except SystemExit as error:  # argparse has printed why
         raise AssertionError(f"{place}: {command}") from error
 
@@ -116,10 +140,9 @@ def test_there_are_commands_to_check() -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_verbs_in_sentences_exist(page: str) -> None:
     for span in spans(page):
-        if (match := re.match(r"(python -m (search|cluster)|prunefront) (\w+)", span)) is None:
-            continue
-        own = {"search": verbs(search_parser()), "cluster": verbs(cluster_parser())}
-        assert match[3] in (own[match[2]] if match[2] else own["search"] | own["cluster"]), span
+        if match := re.match(r"(?:python -m (search|cluster)|prunefront) (\w+)", span):
+            mains = [MAINS[match[1]]] if match[1] else [search, cluster]
+            assert any(match[2] in verbs(main) for main in mains), span
 
 
 def with_siblings(script: Path) -> str:
