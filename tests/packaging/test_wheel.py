@@ -9,8 +9,9 @@ import pytest
 
 from cluster.jobs import dependencies
 from search.records.files import read_front
-from tests.conftest import write_sweep
-from tests.packaging.conftest import ROOT, Installed
+from tests.packaging.wheel import Installed
+from tests.processes import ROOT
+from tests.sweeps import write_sweep
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
