@@ -26,8 +26,8 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m searc
         program: What people have typed.
 
     Returns:
-        0; 1 if a sweep failed, 2 if what was given is wrong, 3 if its front is smaller than the
-        one it started from, 130 if it was interrupted.
+        0; 1 if a sweep failed, 2 if an argument or a file is wrong, 3 if its front is smaller than
+        the one it started from, 130 if it was interrupted.
     """
     args = _parser(program).parse_args(arguments)
     try:
@@ -95,7 +95,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     sweep = with_shipped_files(load_sweep(sweep_file(args.sweep), args.set))
     check_files(sweep)
-    # What needs torch and Ray comes after what can go wrong without them.
+    # Imports of torch and Ray take seconds: errors that need neither come first.
     from search.run import run
 
     return run(sweep, sys.stdout)

@@ -16,7 +16,8 @@ from ray import tune
 
 from pruners import PrunableViT
 from pruners.families.learned import Learned
-from search.data.fingerprint import identity
+from pruners.model.files import replace_file
+from search.data.fingerprint import fingerprint
 from search.data.shards import Shards, find_shards
 from search.finish import finish
 from search.prepare.elastic import ElasticStart, tune_elastic
@@ -72,7 +73,7 @@ def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) ->
         ledger = Ledger(sweep, may_write=lease.check)
         runs = SweepRuns.open(sweep, dense.shape(), lease.check, earlier)
         ledger.begin()
-        digests = identity(sweep, dense)
+        digests = fingerprint(sweep, dense)
         ledger.identify(digests)
         val = val_shards(sweep)
         ledger.add_once("classes", names=list(val.classes))
@@ -192,9 +193,8 @@ def prepare_directory(sweep: Sweep) -> None:
     _refuse_another(sweep)
     with writing_to(sweep.directory):
         sweep.directory.mkdir(parents=True, exist_ok=True)
-        temporary = sweep.directory / f".sweep.{os.uname().nodename}.{os.getpid()}"
-        temporary.write_text(sweep_toml(sweep))
-        os.replace(temporary, sweep.directory / "sweep.toml")
+        content = sweep_toml(sweep)
+        replace_file(sweep.directory / "sweep.toml", lambda path: path.write_text(content))
 
 
 def _refuse_another(sweep: Sweep) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pruners import PrunableViT
+from tests.forks.client import ray_workers
 from tests.models import build_tiny
 from tests.sweeps import write_sweep
 
@@ -44,11 +45,13 @@ def sweep_file(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """Ray, started once for all tests."""
+    """Ray, started once for all tests; its workers are forked."""
     import ray
+    from ray.cluster_utils import Cluster
 
-    ray.init(
-        "local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR"
-    )
+    head = {"num_cpus": 2, "include_dashboard": False, **ray_workers()}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    ray.init(cluster.address, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
+    cluster.shutdown()

@@ -22,8 +22,9 @@ import tomli_w
 from PIL import Image
 
 from search.check import label_range
+from search.data.cache import open_decoded
 from search.data.decode import Corrupt, ImageSpec, decode_all
-from search.data.images import open_decoded, open_images
+from search.data.images import open_images
 from search.data.shards import find_shards
 from search.data.teacher import open_answers
 from search.records.files import read_front, read_trials, write_front, write_trials

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pruners.families.allocation import common_cutoff
+from pruners.families.options import LARGEST_SEED, option
 from pruners.families.unit import UnitPruner
 from pruners.model.cost import cost_of
 from pruners.model.files import load_weights, write_tensors
@@ -90,6 +91,14 @@ class Learned:
         return cls(**found, report=report)
 
 
+class UnitLearner(Learner, abc.ABC):
+    """The learning run of a method, which says in the end what was learned."""
+
+    @abc.abstractmethod
+    def conclude(self, data: LearningData) -> Learned:
+        """Return what was learned. The run is over then: the model may lose its gates."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LearnedPruner(UnitPruner, abc.ABC):
     """A unit method that learns.
@@ -109,31 +118,14 @@ class LearnedPruner(UnitPruner, abc.ABC):
     whole_kinds: ClassVar[tuple[str, ...]] = ()
     """Kinds of which `allocate` may take a site's last unit too."""
 
-    epochs: int = 4
-    lr: float = 5e-4
+    epochs: int = option(4, low=1)
+    lr: float = option(5e-4, above=0.0)
     keep_weights: bool = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        if self.epochs < 1:
-            raise ValueError(f"option epochs of {self.name} is {self.epochs}; give at least 1")
-        if not self.lr > 0.0:
-            raise ValueError(f"option lr of {self.name} is {self.lr}; give more than 0")
-        if not 0.0 < getattr(self, "budget", 0.5) < 1.0:
-            raise ValueError(
-                f"option budget of {self.name} is {self.options()['budget']}; "
-                "give a share of the dense cost, 0 < budget < 1"
-            )
+    seed: int = option(0, low=0, high=LARGEST_SEED)
 
     @abc.abstractmethod
-    def learner(self, vit: ViT, data: LearningData) -> Learner:
+    def learner(self, vit: ViT, data: LearningData) -> UnitLearner:
         """Start a run on a model that is the run's own."""
-
-    @abc.abstractmethod
-    def conclude(self, learner: Learner, data: LearningData) -> Learned:
-        """Return what a run learned."""
 
     def learns_for_a_budget(self) -> bool:
         """Whether another budget needs another run."""
@@ -167,7 +159,7 @@ class LearnedPruner(UnitPruner, abc.ABC):
             torch.manual_seed(self.seed)
             learner = self.learner(own, data)
             run(learner, data, self.total_epochs(), self.seed, checkpoint)
-            learned = self.conclude(learner, data)
+            learned = learner.conclude(data)
         seconds = time.perf_counter() - start
         return Learned(
             scores={site: s.detach().float().cpu() for site, s in learned.scores.items()},

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pruners.families.allocation import rank_globally
+from pruners.families.options import option
 from pruners.families.pruner import Pruner
 from pruners.model.attention import Attention
 from pruners.model.shape import BlockShape, ViTShape, units_kept
@@ -59,10 +60,11 @@ class UnitPruner(Pruner, abc.ABC):
     whole_sites: ClassVar[bool] = True
 
     units: tuple[str, ...] = ("head", "neuron")
-    multiple: int = 1
+    multiple: int = option(1, low=1)
 
     def __post_init__(self) -> None:
-        """Check the options."""
+        """Check also that the kinds of units fit the method and each other."""
+        super().__post_init__()
         wrong = [unit for unit in self.units if unit not in self.kinds()]
         if wrong or not self.units:
             raise ValueError(
@@ -77,8 +79,6 @@ class UnitPruner(Pruner, abc.ABC):
                 f"give {alone[0]!r} without other dims"
                 + (" or heads" if alone[0] in RAGGED else "")
             )
-        if self.multiple < 1:
-            raise ValueError(f"option multiple of {self.name} is {self.multiple}; give at least 1")
 
     @classmethod
     def kinds(cls) -> tuple[str, ...]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
 
+from pruners.model.files import replace_file
 from search.records.front import COSTS, REFERENCE, Front, cost_of_record
 from search.records.trial_record import TrialRecord
 
@@ -70,7 +70,8 @@ def front_json(front: Front) -> dict[str, Any]:
 
 def write_front(path: Path, front: Front) -> None:
     """Write `front.json`."""
-    _replace(path, (json.dumps(front_json(front), indent=1) + "\n").encode())
+    content = json.dumps(front_json(front), indent=1) + "\n"
+    replace_file(path, lambda temporary: temporary.write_text(content))
 
 
 def read_front(path: Path) -> Front:
@@ -103,7 +104,7 @@ def write_trials(path: Path, records: Sequence[TrialRecord]) -> None:
         row |= {column: json.dumps(row[column]) for column in _JSON_COLUMNS}
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), sink)
-    _replace(path, sink.getvalue().to_pybytes())
+    replace_file(path, lambda temporary: temporary.write_bytes(sink.getvalue().to_pybytes()))
 
 
 def read_trials(path: Path) -> list[TrialRecord]:
@@ -156,9 +157,3 @@ def _check_shown(cost: str, records: Sequence[TrialRecord]) -> None:
 
 def _member(record: TrialRecord) -> dict[str, Any]:
     return {key: getattr(record, key) for key in MEMBER_KEYS}
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

@@ -76,7 +76,7 @@ class DeviatingStep(SpaceStep):
         return found
 
     def _allowed(self, site: str, units: int, own: float, share: float) -> float:
-        """Cap a share; only what the method itself removes whole goes whole.
+        """Cap a share; a site goes whole only where the method itself removes it whole.
 
         Its own allocation is above `max_share` only on the way to a whole site.
         """

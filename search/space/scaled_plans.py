@@ -1,4 +1,4 @@
-"""All plans of one set of parameters: from nothing cut to everything that may go."""
+"""All plans of one set of parameters, from uncut to cut as far as may be."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ScaledPlans:
         return plan, self.cost_ratio(plan)
 
     def least_cost(self) -> float:
-        """Return the cost ratio of the plan in which everything is cut that may go."""
+        """Return the cost ratio of the plan that is cut as far as may be."""
         return self.at(dict.fromkeys(self.groups(), 1.0))[1]
 
     def _plan(self, positions: Mapping[Group, float]) -> Plan:

@@ -1,8 +1,8 @@
-"""The search space: Optuna parameters, and the plans they mean, each within the MACs budget.
+"""The search space: Optuna parameters, and their plans, each within the MACs budget.
 
 A trial samples a budget, how it is split between the steps, and how each step deviates from its
-method's own layer-wise allocation; then one number is turned until the plan's cost meets the
-budget: what is sampled says *how* the network shrinks, the budget says *how much*. The space is
+method's own layer-wise allocation; then one scale is turned until the plan's cost meets the
+budget: the parameters say *how* the network shrinks, the budget says *how much*. The space is
 static (every parameter exists in every trial), as Gaussian-process samplers need.
 
 Steps that learn are alternatives, since each has learned of the dense model: a trial takes one of
@@ -117,7 +117,7 @@ class Space:
         return found
 
     def sample(self, trial: optuna.Trial) -> Parameters:
-        """Ask an Optuna trial for all parameters of the space."""
+        """Sample all parameters of the space from an Optuna trial."""
         parameters: Parameters = {}
         for name, choices in self.choices().items():
             parameters[name] = trial.suggest_categorical(name, choices)

@@ -1,6 +1,6 @@
-"""What a sweep is: its file, checked. Imports neither torch nor Ray.
+"""A sweep's TOML file as a checked model. Imports neither torch nor Ray.
 
-What `cluster` needs of a sweep is here.
+The names that `cluster` uses are here.
 """
 
 from search.sweep.shipped import ROOT, shipped_file, sweep_file

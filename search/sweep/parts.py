@@ -184,7 +184,7 @@ class Halving(Part):
 
 
 class Constraints(Part):
-    """Bounds beside the budget; what violates one is not on the front."""
+    """Bounds beside the budget; a trial that violates one is not on the front."""
 
     max_params: int | None = Field(None, ge=1)
     """Most stored parameters."""
@@ -195,7 +195,7 @@ class Constraints(Part):
 
 
 class Resources(Part):
-    """What each worker of a trial gets; fractions are allowed, of a GPU only to a single worker."""
+    """Resources of each worker of a trial; a fraction of a GPU is for a single worker only."""
 
     cpu: float = Field(1.0, gt=0.0)
     """CPUs."""

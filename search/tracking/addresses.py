@@ -30,7 +30,7 @@ def ui_command(uri: str | None, directory: Path) -> str:
 def page_address(sweep: Sweep) -> str:
     """Return the address of a logged sweep's parent run in the MLflow UI.
 
-    A database is shown by whoever starts MLflow on it, on the port that it takes by default.
+    Of a database, on MLflow's default port of this machine.
     """
     first = Journal(sweep.directory / RUNS).read()[0]
     here = sweep.tracking is None or not sweep.tracking.startswith("http")

@@ -1,4 +1,4 @@
-"""MLflow: a parent run per sweep, a child run per trial, and what is logged to them."""
+"""Logs a sweep to MLflow: a parent run per sweep, a child run per trial."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ _MOST_PARAMS = 100  # that MLflow takes in one batch
 class SweepRuns:
     """Logs one sweep to its runs in MLflow, one event of the ledger at a time.
 
-    What is logged is noted in the sweep's directory. Between the two a process may die, and an
-    answer of MLflow may be lost.
+    Each event that is logged is noted in the sweep's directory. Between the two a process may die,
+    and an answer of MLflow may be lost.
 
     Attributes:
         trials: Trial -> run.
@@ -83,7 +83,7 @@ class SweepRuns:
             earlier: The front that the sweep starts from, if it does.
 
         Raises:
-            SweepError: If there are none yet, and MLflow does not take any.
+            SweepError: If there are none yet, and MLflow refuses to create any.
         """
         store = sweep.tracking or local_uri(sweep.directory)
         notes = Journal(sweep.directory / RUNS, may_write)
@@ -100,7 +100,7 @@ class SweepRuns:
         return cls(client, notes, [first], sweep, dense, earlier)
 
     def log(self, event: Event, place: int) -> None:
-        """Log an event of the ledger, which goes on at a place behind it."""
+        """Log an event of the ledger, and note the place behind it, where the next one begins."""
         log = {
             "learned": self._learned,
             "elastic": self._elastic,
@@ -119,7 +119,7 @@ class SweepRuns:
         self.page.show(front, records, self._links())
 
     def close(self, front: Front, records: Sequence[TrialRecord]) -> None:
-        """Log the final front, with what was measured on test, and close the parent run."""
+        """Log the final front with its test accuracies, and close the parent run."""
         for member in (*front.members, front.dense):
             if member.test_top1 is not None:
                 metric = Metric("test_top1", member.test_top1, now(), 0)
@@ -171,7 +171,7 @@ class SweepRuns:
         self.trials[record.trial] = run
 
     def _found(self, trial: str) -> str | None:
-        """Return the run that a trial has in MLflow, noted or not."""
+        """Return the run of a trial in MLflow, noted or not; None if it has none."""
         filter_ = f"tags.`mlflow.parentRunId` = '{self.parent}' AND tags.trial = '{trial}'"
         found = self.client.search_runs([self.experiment], filter_, max_results=1)
         return found[0].info.run_id if found else None

@@ -18,8 +18,9 @@ from torch import Tensor
 from pruners import Plan, PrunableViT, cost_of
 from pruners.families.learned import Learned
 from pruners.training.evaluation import Evaluation, evaluate, measured_rate
-from pruners.training.fine_tune import FineTuner, Recipe, TrainingLeftError
+from pruners.training.fine_tune import FineTuner, TrainingLeftError
 from pruners.training.optimisation import NonFiniteLossError
+from pruners.training.recipe import Recipe
 from search.data.augment import Epoch
 from search.data.splits import Calibration, make_teacher, mixed_seed, open_split, trial_device
 from search.records.lease import check_attempt

@@ -9,7 +9,6 @@ trials, which takes longer the more there are. What lies here is found by the tr
 from __future__ import annotations
 
 import io
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 
 from pruners import PrunableViT
 from pruners.checkpoint import SHAPE, WEIGHTS
+from pruners.model.files import replace_directory
 from search.records.atomic import writing_to
 from search.records.digests import DAMAGE, file_digest, json_digest, read_sealed, sealed
 from search.records.trial_record import MODELS, model_name
@@ -69,23 +69,23 @@ class TrialFiles:
         with writing_to(self.directory):
             last, steps = results[-1], tuner["steps"] if tuner is not None else 0
             target = self.directory / model_name(last["epoch"], steps)
-            temporary = self.directory / f".{target.name}.{os.uname().nodename}.{os.getpid()}"
-            shutil.rmtree(temporary, ignore_errors=True)
-            vit.save(temporary, measured={"val_top1": last["val_top1"], "epoch": last["epoch"]})
-            if tuner is not None:
-                content = io.BytesIO()  # torch.save to a full disk raises no OSError
-                torch.save(tuner, content)
-                (temporary / TUNER).write_bytes(content.getvalue())
-            digests = {path.name: file_digest(path) for path in sorted(temporary.iterdir())}
-            saved = {
-                "identity": self.identity,
-                "digests": digests,
-                "results": results,
-                "seconds": seconds,
-            }
-            (temporary / RESULTS).write_text(sealed(saved))
-            shutil.rmtree(target, ignore_errors=True)  # of another trial of this name
-            os.replace(temporary, target)
+
+            def write(folder: Path) -> None:
+                vit.save(folder, measured={"val_top1": last["val_top1"], "epoch": last["epoch"]})
+                if tuner is not None:
+                    content = io.BytesIO()  # torch.save to a full disk raises no OSError
+                    torch.save(tuner, content)
+                    (folder / TUNER).write_bytes(content.getvalue())
+                digests = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
+                saved = {
+                    "identity": self.identity,
+                    "digests": digests,
+                    "results": results,
+                    "seconds": seconds,
+                }
+                (folder / RESULTS).write_text(sealed(saved))
+
+            replace_directory(target, write)  # also of another trial of this name
             for other in self.directory.iterdir():
                 if other != target:
                     shutil.rmtree(other, ignore_errors=True)

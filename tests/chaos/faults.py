@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from mlflow.tracking import MlflowClient
 from search.records.files import read_front, read_trials
 from search.records.journal import Journal
 from search.tracking.addresses import local_uri
+from tests.forks.client import Forked
 from tests.processes import ROOT
 from tests.sweeps import write_sweep
 
@@ -31,30 +30,23 @@ class Faulty:
     Attributes:
         sweep: The file.
         environment: Of the drivers; RAY_ADDRESS says which Ray.
-        driver: Command that runs a sweep.
+        driver: Module that runs a sweep, and what it is told first.
     """
 
     sweep: Path
     environment: dict[str, str]
-    driver: tuple[str, ...] = (sys.executable, "-m", "search")
+    driver: tuple[str, ...] = ("search",)
 
     def directory(self, name: str) -> Path:
         """Where a sweep of that name lies."""
         return self.sweep.parent / "results" / name
 
-    def start(self, name: str, *sets: str) -> subprocess.Popen[str]:
-        """Start a driver."""
-        return subprocess.Popen(
-            [*self.driver, "run", str(self.sweep), "--set", f'name="{name}"', *SETS, *sets],
-            cwd=ROOT,
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+    def start(self, name: str, *sets: str) -> Forked:
+        """Start a driver, in a session of its own."""
+        run = ["run", str(self.sweep), "--set", f'name="{name}"', *SETS, *sets]
+        return Forked(["-m", *self.driver, *run], self.environment, ROOT)
 
-    def finish(self, driver: subprocess.Popen[str], code: int = 0) -> str:
+    def finish(self, driver: Forked, code: int = 0) -> str:
         """Wait for a driver to end with this exit code and return what it printed."""
         said, _ = driver.communicate(timeout=200)
         assert driver.returncode == code, said
@@ -167,5 +159,5 @@ def on_logical_gpus(address: str, folder: Path) -> Faulty:
     return Faulty(
         sweep=write_sweep(folder),
         environment=environment(PYTHONPATH=str(ROOT), **variables),
-        driver=(sys.executable, "-m", "tests.chaos.driver", "cpu_for_gpu"),
+        driver=("tests.chaos.driver", "cpu_for_gpu"),
     )

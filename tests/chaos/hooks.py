@@ -133,7 +133,7 @@ def _watch() -> None:
     from search.trial import trial_files
 
     notes = Path(os.environ["GPU_NOTES"])
-    device_of, decode_to, load = splits.trial_device, images._decode_to, Learned.load
+    device_of, decode_to, load = splits.trial_device, images.write_decoded, Learned.load
 
     def note(what: str, **values: object) -> None:
         node = ray.get_runtime_context().get_node_id()
@@ -173,6 +173,6 @@ def _watch() -> None:
             super().__init__(directory, config)
 
     splits.trial_device = device
-    images._decode_to = decode
+    images.write_decoded = decode
     Learned.load = loaded  # type: ignore[method-assign, assignment]
     trial_files.TrialFiles = Files  # type: ignore[misc]

@@ -12,17 +12,21 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from tests.chaos.faults import Faulty, actors, on_logical_gpus, until
+from tests.forks.client import ray_workers
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
 
 SETS = ("resources={cpu=1, gpu=1, workers=2}", "trials=3", "concurrency=1", "halving=false")
 SETS += ("sampler='random'", "refine=0.0", "data.batch_size=2")
 
+NODE = {"num_cpus": 1, "num_gpus": 1}
+
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A head with a GPU, and a node for the second worker."""
-    one = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1})
+    head = {"num_cpus": 1, "num_gpus": 1, **ray_workers()}
+    one = Cluster(initialize_head=True, head_node_args=head)
     yield one
     one.shutdown()
 
@@ -31,7 +35,7 @@ def cluster() -> Iterator[Cluster]:
 def here(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Faulty:
     """Sweeps on that cluster, of which `calm` has run undisturbed."""
     one = on_logical_gpus(cluster.address, Path(tmp_path_factory.mktemp("groups")))
-    node = cluster.add_node(num_cpus=1, num_gpus=1)
+    node = cluster.add_node(**NODE, **ray_workers())
     one.run("calm", *SETS)
     cluster.remove_node(node)
     return one
@@ -48,7 +52,7 @@ def has_room(cluster: Cluster) -> bool:
 def test_a_worker_that_is_killed_fails_the_trial_which_goes_on_from_what_was_saved(
     which: int, cluster: Cluster, here: Faulty
 ) -> None:
-    node, name = cluster.add_node(num_cpus=1, num_gpus=1), f"killed-{which}"
+    node, name = cluster.add_node(**NODE, **ray_workers()), f"killed-{which}"
     driver = here.start(name, *SETS)
     until(lambda: here.lines(name) >= 7, 200)
     workers = sorted(actors("ray::RayTrainWorker"), key=lambda process: process.pid)
@@ -79,7 +83,7 @@ def test_a_worker_whose_node_is_preempted_ends_the_group_which_is_saved_and_move
     until(lambda: here.lines("spot") >= 7, 200)
     spot.send_signal(signal.SIGTERM)
     spot.wait(40)
-    node = cluster.add_node(num_cpus=1, num_gpus=1)
+    node = cluster.add_node(**NODE, **ray_workers())
     said = here.finish(driver)
     assert "told to end" in said
     here.same("spot", "calm")

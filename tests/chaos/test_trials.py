@@ -6,7 +6,6 @@ import ctypes
 import dataclasses
 import random
 import signal
-import sys
 import time
 
 import psutil
@@ -63,7 +62,7 @@ def test_an_actor_that_is_told_to_end_saves_the_running_epoch(faulty: Faulty) ->
 def test_a_trial_that_runs_out_of_memory_takes_smaller_parts(faulty: Faulty) -> None:
     sets = ["data.batch_size=32", "trials=3", "halving=false", "epochs=3"]
     faulty.run("roomy", *sets)
-    hooked = (sys.executable, "-m", "tests.chaos.driver", "short_of_memory")
+    hooked = ("tests.chaos.driver", "short_of_memory")
     dataclasses.replace(faulty, driver=hooked).run("tight", *sets)
     faulty.counts("tight")
     one, other = (epochs_of(faulty.directory(name)) for name in ("tight", "roomy"))
@@ -84,7 +83,7 @@ def test_a_trial_whose_node_is_full_takes_smaller_parts(faulty: Faulty) -> None:
     limits = {"RAY_memory_usage_threshold": f"{full:.3f}", "RAY_memory_monitor_refresh_ms": "50"}
     own = {**faulty.environment, **limits, "GPU_NOTES": str(folder)}
     del own["RAY_ADDRESS"]
-    hooked = (sys.executable, "-m", "tests.chaos.driver", "fill_the_node")
+    hooked = ("tests.chaos.driver", "fill_the_node")
     one = dataclasses.replace(faulty, driver=hooked, environment=own)
     sets = ["data.batch_size=32", "trials=3", "halving=false", "max_failures=9"]
     said = one.run("full", *sets, "epochs=3")

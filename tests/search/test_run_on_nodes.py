@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from ray.cluster_utils import Cluster
 
 from search.records.files import read_trials
 from tests.chaos.faults import Faulty, environment
+from tests.forks.client import ray_workers
 from tests.processes import ROOT
 from tests.sweeps import write_sweep
 
@@ -27,9 +27,11 @@ SETS += ("concurrency=2", "data.batch_size=15", "finetune.precision='float32'")
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """Four GPUs on three nodes; only the head has more CPUs than GPUs."""
-    one = Cluster(initialize_head=True, head_node_args={"num_cpus": 6, "num_gpus": 1})
-    one.add_node(num_cpus=2, num_gpus=2)
-    one.add_node(num_cpus=1, num_gpus=1)
+    forks = ray_workers()
+    head = {"num_cpus": 6, "num_gpus": 1, **forks}
+    one = Cluster(initialize_head=True, head_node_args=head)
+    one.add_node(num_cpus=2, num_gpus=2, **forks)
+    one.add_node(num_cpus=1, num_gpus=1, **forks)
     yield one
     one.shutdown()
 
@@ -43,7 +45,7 @@ def nodes(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Faulty:
     return Faulty(
         sweep=sweep,
         environment=environment(PYTHONPATH=str(ROOT), RAY_ADDRESS=cluster.address),
-        driver=(sys.executable, "-m", "tests.chaos.driver", "watched"),
+        driver=("tests.chaos.driver", "watched"),
     )
 
 
