@@ -27,6 +27,7 @@ docs: $(VENV)/docs
 
 # The oldest versions that pyproject.toml names, in an environment of their own (about 7 GB).
 lowest:
+	rm -rf $(LOWEST) # an older list of versions would be kept
 	$(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/pip install --quiet uv
 	$(LOWEST)/bin/uv pip compile --quiet --resolution lowest-direct --python $(LOWEST)/bin/python \
