@@ -2,9 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := build/lowest
+QUICK := -m "not slow and not chaos and not gpu"
 TWO := --numprocesses 2 --dist loadfile --durations 30 --durations-min 5
 
-.PHONY: demo test chaos lint docs clean
+.PHONY: demo test chaos lint docs lowest clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m search run search/sweeps/sample.toml
@@ -23,6 +25,17 @@ lint: $(VENV)/installed
 docs: $(VENV)/docs
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/zensical build --strict # which finds ruff there
 
+# The oldest versions that pyproject.toml names, in an environment of their own (about 7 GB).
+lowest:
+	rm -rf $(LOWEST) # an older list of versions would be kept
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet uv
+	$(LOWEST)/bin/uv pip compile --quiet --resolution lowest-direct --python $(LOWEST)/bin/python \
+		--extra search --extra cluster --extra dev --output-file $(LOWEST)/requirements.txt pyproject.toml
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --requirement $(LOWEST)/requirements.txt
+	$(LOWEST)/bin/pip install --quiet --no-deps --editable .
+	$(LOWEST)/bin/python -m pytest $(TWO) $(QUICK)
+
 $(VENV)/docs: $(VENV)/installed
 	$(BIN)/pip install --quiet --editable '.[docs]'
 	touch $@
@@ -33,4 +46,4 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) results
+	rm -rf $(VENV) build results *.egg-info

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m clust
         return 130
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
+def _parser(program: str = "python -m cluster") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=program, description=__doc__)
     parser.set_defaults(program=program)
     verbs = parser.add_subparsers(required=True, metavar="VERB")

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "python -m searc
     return code
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
+def _parser(program: str = "python -m search") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=program, description=__doc__)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     run = verbs.add_parser("run", help="run a sweep, or continue an interrupted one")

@@ -11,7 +11,7 @@ import pytest
 import cluster.__main__
 import search.__main__
 from cluster.command import VERBS, main
-from tests.packaging.conftest import Installed
+from tests.packaging.wheel import Installed
 
 
 def refused(done: subprocess.CompletedProcess[str]) -> str:
