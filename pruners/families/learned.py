@@ -22,7 +22,7 @@ from pruners.families.unit import UnitPruner
 from pruners.model.cost import cost_of
 from pruners.model.files import load_weights, write_tensors
 from pruners.model.shape import ViTShape
-from pruners.model.sites import block_site, kind_of
+from pruners.model.sites import block_of, block_site, kind_of
 from pruners.model.types import Batches, Scores, Thresholds
 from pruners.model.vit import ViT
 from pruners.training.learner import Learner, LearningData, run
@@ -216,7 +216,7 @@ class LearnedPruner(UnitPruner, abc.ABC):
         left = {
             site: margin
             for site, margin in margins.items()
-            if kind_of(site) != "block" and block_site(int(site.split(".")[1])) not in gone
+            if kind_of(site) != "block" and block_site(block_of(site)) not in gone
         }
         whole = [site for site in left if kind_of(site) in self.whole_kinds]
         return common_cutoff(
@@ -225,11 +225,11 @@ class LearnedPruner(UnitPruner, abc.ABC):
 
 
 def model_tensors(vit: ViT) -> dict[str, Tensor]:
-    """Return copies of a model's tensors, on the CPU."""
+    """Return name -> copy of each of a model's tensors, [...], on the CPU."""
     return {name: t.detach().cpu().clone() for name, t in vit.vit.state_dict().items()}
 
 
 def standardised(scores: Tensor) -> Tensor:
-    """Return (scores - mean) / standard deviation; zeros where all are equal."""
+    """Return (scores [n] - mean) / standard deviation; zeros where all are equal."""
     centred = scores - scores.mean()
     return centred / centred.square().mean().sqrt().clamp_min(1e-12)

@@ -87,7 +87,11 @@ class Pruner(abc.ABC):
         return thresholds
 
     def check(self, shape: ViTShape, thresholds: Thresholds) -> None:
-        """Raise a ValueError for an unknown site or a share out of range."""
+        """Check thresholds for a network of that shape.
+
+        Raises:
+            ValueError: For an unknown site or a share out of range.
+        """
         sites = self.sites(shape)
         for site, share in thresholds.items():
             if site not in sites:

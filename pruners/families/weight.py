@@ -101,7 +101,7 @@ class WeightPruner(Pruner, abc.ABC):
         apply_masks(dict(vit.linears()), vit.masks)
 
     def mask(self, vit: ViT, site: str, scores: Tensor, kept: int) -> Tensor:
-        """Return the mask of a layer: `kept` of the highest scores, or the pattern's."""
+        """Return the mask of a layer: `kept` of the highest scores [out, in], or the pattern's."""
         if site in vit.masks:
             scores = scores.masked_fill(~vit.masks[site].to(scores.device), float("-inf"))
         if self.pattern == "none":

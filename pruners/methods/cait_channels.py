@@ -35,11 +35,11 @@ from torch import Tensor
 from pruners.families.allocation import rank_globally
 from pruners.families.learned import Learned, LearnedPruner, UnitLearner, model_tensors
 from pruners.families.options import option
-from pruners.families.unit import highest, slice_scores
 from pruners.model.cost import cost_of
 from pruners.model.gates import SLOTS, Gate, remove_gates
+from pruners.model.ranking import highest, slice_scores
 from pruners.model.shape import ViTShape
-from pruners.model.sites import kind_of
+from pruners.model.sites import block_of, kind_of
 from pruners.model.types import Scores, Thresholds
 from pruners.model.vit import Block, ViT
 from pruners.training.learner import LearningData
@@ -114,7 +114,7 @@ class CaitChannels(LearnedPruner):
         return cost_of(self.shrink(shape, shares)).effective_macs
 
     def kept(self, shape: ViTShape, scores: Scores, thresholds: Thresholds) -> dict[str, Tensor]:
-        """Return site -> bool, like its scores: the channels that `cut` would keep."""
+        """Return site -> bool, [H, K] or [F]: the channels that `cut` would keep."""
         counts = self.sites(self.shrink(shape, thresholds))
         return {
             site: torch.zeros_like(s, dtype=torch.bool).scatter_(-1, highest(s, counts[site]), True)
@@ -136,7 +136,11 @@ class StraightThroughGate(Gate):
     gone: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return 0 where masked, with slopes `value` in the activation and a in the value."""
+        """Return 0 where masked, with slopes `value` in the activation and a in the value.
+
+        Args:
+            x: [B, N, D], or [B, H, N, K] of queries.
+        """
         out = super().forward(x)
         # x - x is exactly 0, so that what is masked in the run is what surgery removes.
         return out if self.gone is None else out - out.detach() * self.gone
@@ -171,7 +175,7 @@ class CaitChannelsLearner(UnitLearner):
         self.sizes: dict[str, tuple[int, ...]] = {}
         self.gates: dict[str, StraightThroughGate] = {}
         for site, units in method.sites(self.shape).items():
-            index, kind = int(site.split(".")[1]), kind_of(site)
+            index, kind = block_of(site), kind_of(site)
             heads = self.shape.blocks[index].heads
             self.sizes[site] = (units,) if kind == "neuron" else (heads, units)
             self.gates[site] = _add_gate(vit.blocks[index], GATED[kind])

@@ -31,7 +31,11 @@ class Taylor(WeightPruner):
     num_batches: int = option(8, low=1)
 
     def score(self, vit: ViT, batches: Batches) -> Scores:
-        """Return the saliency of each weight."""
+        """Return the saliency of each weight.
+
+        Raises:
+            ValueError: If there are no batches.
+        """
         layers = dict(vit.linears())
         totals = {k: torch.zeros_like(v.weight, dtype=torch.float32) for k, v in layers.items()}
         seen = 0

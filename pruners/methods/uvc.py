@@ -194,11 +194,8 @@ class UVCLearner(UnitLearner):
         """Return by how far each unit's rank lies above what goes, and where savings come from."""
         margins = self.margins()
         self.unwrap()
-        return Learned(
-            scores=margins,
-            weights=model_tensors(self.vit),
-            report=self.method.savings(self.shape, margins),
-        )
+        report = self.method.savings(self.shape, margins)
+        return Learned(scores=margins, weights=model_tensors(self.vit), report=report)
 
     def prepare(self, *, gating: bool, masked: bool) -> None:
         """Set gates and masks for a forward pass."""

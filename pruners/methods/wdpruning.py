@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from pruners.families.learned import Learned, LearnedPruner, UnitLearner, model_tensors
 from pruners.families.options import option
 from pruners.model.exits import Exit
-from pruners.model.gates import add_gates, hard, remaining_weights, remove_gates
+from pruners.model.gates import add_gates, remaining_weights, remove_gates
+from pruners.model.rank_masks import kept_fraction, rank_mask, ranks
 from pruners.model.shape import ViTShape
-from pruners.model.sites import kind_of
+from pruners.model.sites import block_of, kind_of
 from pruners.model.tokens import Tokens
 from pruners.model.types import Batches, Scores, Thresholds
 from pruners.model.vit import ViT
@@ -153,21 +154,14 @@ class WDPruningLearner(UnitLearner):
         ]
         gates = [
             {"params": [self.scores], "peak": SCORE_LR},
-            {
-                "params": [self.thresholds],
-                "peak": method.threshold_lr / steps,
-                "betas": (0.0, 0.9),
-            },
+            {"params": [self.thresholds], "peak": method.threshold_lr / steps, "betas": (0.0, 0.9)},
         ]
-        self.optimizers = {
-            "weights": torch.optim.AdamW(weights),
-            "gates": torch.optim.AdamW(gates, weight_decay=0.0),
-        }
+        adam = torch.optim.AdamW
+        self.optimizers = {"weights": adam(weights), "gates": adam(gates, weight_decay=0.0)}
 
     def step(self, images: Tensor, labels: Tensor, progress: float) -> Tensor:
         """Train weights, exits, scores and thresholds; ascend the multipliers."""
-        groups = [group for o in self.optimizers.values() for group in o.param_groups]
-        for group in groups:
+        for group in (g for o in self.optimizers.values() for g in o.param_groups):
             group["lr"] = group["peak"] * schedule_factor(int(1000 * progress), 1000, 0.05)
         self.mask()
         remaining = self.remaining()
@@ -194,7 +188,7 @@ class WDPruningLearner(UnitLearner):
         remove_gates(self.vit)
         exits = {f"exits.{name}": t.cpu().clone() for name, t in self.exits.state_dict().items()}
         margins = self.margins() | {
-            site: torch.tensor([(kept - _block_of(site) - 0.5) / depth])
+            site: torch.tensor([(kept - block_of(site) - 0.5) / depth])
             for site in method.sites(self.shape)
             if kind_of(site) == "block"
         }
@@ -223,7 +217,7 @@ class WDPruningLearner(UnitLearner):
     def mask(self) -> None:
         """Set the gates to the masks of the present scores and thresholds."""
         for site, scores, threshold, ties in self.by_site():
-            mask, index = keep_highest(scores, threshold, ties), _block_of(site)
+            mask, index = rank_mask(scores, threshold, ties), block_of(site)
             for slot in GATES[kind_of(site)]:
                 value = mask
                 if slot in ("query", "key"):
@@ -234,10 +228,8 @@ class WDPruningLearner(UnitLearner):
 
     def remaining(self) -> Tensor:
         """Return E, the share of the blocks' weights that is left; differentiable."""
-        sites = self.by_site()
-        return remaining_weights(
-            self.shape, {site: kept_fraction(beta, len(scores)) for site, scores, beta, _ in sites}
-        )
+        left = {site: kept_fraction(beta, len(s)) for site, s, beta, _ in self.by_site()}
+        return remaining_weights(self.shape, left)
 
     def budget_loss(self, remaining: Tensor) -> Tensor:
         """Return lam1 * gap + lam2 * gap^2 with gap = max(E - budget, 0)."""
@@ -255,8 +247,7 @@ class WDPruningLearner(UnitLearner):
         """Return the sum of the cross-entropies of the model and of all exits."""
         with autocast(self.device, self.autocast):
             logits = self.logits(images)
-        losses = [F.cross_entropy(each.float(), labels) for each in logits.values()]
-        return torch.stack(losses).sum()
+        return torch.stack([F.cross_entropy(x.float(), labels) for x in logits.values()]).sum()
 
     def logits(self, images: Tensor) -> dict[int, Tensor]:
         """Return number of blocks -> logits [B, classes] of its exit, or of the model itself."""
@@ -270,7 +261,11 @@ class WDPruningLearner(UnitLearner):
 
     @torch.no_grad()
     def top1(self, batches: Batches) -> dict[int, float]:
-        """Return number of blocks -> percent of the images that are classified rightly."""
+        """Return number of blocks -> percent of the images that are classified rightly.
+
+        Raises:
+            ValueError: If there are no images.
+        """
         self.eval()
         self.mask()
         hits: dict[int, list[Tensor]] = {}
@@ -292,36 +287,6 @@ class WDPruningLearner(UnitLearner):
             site: (ranks(scores, ties) + 0.5) / len(scores) - 1.0 + kept_fraction(beta, len(scores))
             for site, scores, beta, ties in self.by_site()
         }
-
-
-def keep_highest(scores: Tensor, threshold: Tensor, ties: Tensor) -> Tensor:
-    """Return a mask [n]: 1 for the `kept_count` highest scores [n], else 0.
-
-    With G = dL/dmask the gradients are dL/dscores = G, of masked units too, so that they can come
-    back, and dL/dthreshold = sum of G over the kept units, without the sigmoid's derivative.
-    """
-    cut = len(scores) - kept_count(threshold, len(scores))
-    mask = (ranks(scores, ties) >= cut).to(scores.dtype)
-    return mask + (scores - scores.detach()) + mask * (threshold - threshold.detach())
-
-
-def ranks(scores: Tensor, ties: Tensor) -> Tensor:
-    """Return the rank of each score [n], 0 for the lowest; equal ones in the order `ties` [n]."""
-    return ties[torch.argsort(scores.detach()[ties], stable=True)].argsort()
-
-
-def kept_count(threshold: Tensor, units: int) -> Tensor:
-    """Return ceil(sigmoid(threshold) * units), at least 1."""
-    return (threshold.detach().sigmoid() * units).ceil().clamp(min=1.0)
-
-
-def kept_fraction(threshold: Tensor, units: int) -> Tensor:
-    """Return `kept_count` / units, with the gradient of max(sigmoid(threshold), 1 / units)."""
-    return hard(threshold.sigmoid().clamp(min=1.0 / units), kept_count(threshold, units) / units)
-
-
-def _block_of(site: str) -> int:
-    return int(site.split(".")[1])
 
 
 def _exits(method: WDPruning, shape: ViTShape) -> list[int]:

@@ -26,8 +26,10 @@ from pruners.families.learned import (
     standardised,
 )
 from pruners.families.options import option
+from pruners.model.class_masks import mean_square, unevenness
 from pruners.model.cost import cost_of
 from pruners.model.gates import add_gates, hard, linear_macs, remove_gates
+from pruners.model.sites import block_of
 from pruners.model.types import Scores
 from pruners.model.vit import ViT
 from pruners.training.learner import LearningData
@@ -112,7 +114,11 @@ class XPrunerLearner(UnitLearner):
     multipliers: Tensor
 
     def __init__(self, method: XPruner, vit: ViT) -> None:
-        """Put gates behind attention and behind the MLP's activation."""
+        """Put gates behind attention and behind the MLP's activation.
+
+        Raises:
+            ValueError: If the option `classes` names a class that does not exist.
+        """
         super().__init__(vit)
         self.method, self.shape = method, vit.shape()
         classes = self.shape.classes
@@ -123,7 +129,7 @@ class XPrunerLearner(UnitLearner):
         self.sites = list(method.sites(self.shape))
         gates = add_gates(vit, "mixed", "neuron")
         self._gates = [
-            gates[int(site.split(".")[1])]["mixed" if site.endswith("head") else "neuron"]
+            gates[block_of(site)]["mixed" if site.endswith("head") else "neuron"]
             for site in self.sites
         ]
         self.masks_per_unit = {site: self._width(site) for site in self.sites}
@@ -257,22 +263,17 @@ class XPrunerLearner(UnitLearner):
         return F.cross_entropy(logits, labels)
 
     def _penalty(self) -> Tensor:
-        sizes = torch.stack([mask.square().mean() for mask in self.masks]).mean()
-        uneven = [
-            second_difference(
-                mask,
-                self.masks_per_unit[site] if site.endswith("head") else mask.shape[1],
-                self.method.smooth_over,
-            )
-            .abs()
-            .mean()
-            for site, mask in zip(self.sites, self.masks, strict=True)
+        masks, method = list(self.masks), self.method
+        runs = [
+            self.masks_per_unit[site] if site.endswith("head") else mask.shape[1]
+            for site, mask in zip(self.sites, masks, strict=True)
         ]
-        return self.method.sparsity * sizes + self.method.smoothness * torch.stack(uneven).mean()
+        uneven = unevenness(masks, runs, method.smooth_over)
+        return method.sparsity * mean_square(masks) + method.smoothness * uneven
 
     def _site_macs(self, site: str) -> Tensor:
         """Multiply-adds that go with all units of a site."""
-        index = int(site.split(".")[1])
+        index = block_of(site)
         block, zero = self.shape.blocks[index], torch.zeros((), device=self.device)
         if site.endswith("head"):
             sizes = (zero + block.heads * block.qk_dim, zero + block.heads * block.v_dim, zero)
@@ -282,21 +283,7 @@ class XPrunerLearner(UnitLearner):
 
     def _width(self, site: str) -> int:
         """Mask values that one unit of a site has: a head has one per v dim."""
-        return self.shape.blocks[int(site.split(".")[1])].v_dim if site.endswith("head") else 1
-
-
-def second_difference(mask: Tensor, run: int, over: str) -> Tensor:
-    """Return x[i-1] - 2 x[i] + x[i+1] of a mask [C, units] (eq. 6).
-
-    Args:
-        mask: The mask.
-        run: Units that follow on each other; a head's last dim has no neighbour in the next head.
-        over: "units" or "classes", along which to difference.
-    """
-    x = mask.unflatten(1, (-1, run)) if over == "units" else mask.t()
-    if x.shape[-1] < 3:
-        return x.new_zeros(1)
-    return x[..., :-2] - 2.0 * x[..., 1:-1] + x[..., 2:]
+        return self.shape.blocks[block_of(site)].v_dim if site.endswith("head") else 1
 
 
 def ranked_together(importance: Scores, masks_per_unit: dict[str, int]) -> Scores:

@@ -17,7 +17,7 @@ Written = TypeVar("Written")
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Return the tensors of a safetensors file and the `arch` of its metadata, if it has one.
+    """Return the tensors [...] of a safetensors file and its metadata's `arch`, if it has one.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -39,6 +39,11 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | No
 
 def load_weights(vit: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Load a state dict and name what does not fit.
+
+    Args:
+        vit: The module.
+        state: Name -> tensor [...], of the shape that the module's own has.
+        source: What errors call the state dict.
 
     Raises:
         ValueError: If a tensor is missing, unknown or of another shape.
@@ -67,7 +72,7 @@ def load_weights(vit: nn.Module, state: Mapping[str, Tensor], source: str) -> No
 def write_tensors(
     path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file.
+    """Write a safetensors file of tensors [...] by name.
 
     Raises:
         OSError: If it cannot be written; safetensors' own writer raises an error of its own.

@@ -128,7 +128,7 @@ def backward(loss: Tensor, optimizers: Iterable[Optimizer]) -> None:
 def clip_and_step(
     optimizers: Iterable[Optimizer], *clipped: Iterable[Tensor], norm: float = CLIP
 ) -> None:
-    """Clip the gradients of each set of parameters, of any shapes, to a norm; then step."""
+    """Clip the gradients of each set of parameters [...] to a norm; then step."""
     for parameters in clipped:
         nn.utils.clip_grad_norm_(parameters, norm)
     for optimizer in optimizers:

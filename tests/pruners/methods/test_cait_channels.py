@@ -10,8 +10,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from pruners import PrunableViT, cost_of, load_method
-from pruners.families.unit import slice_scores
 from pruners.methods.cait_channels import StraightThroughGate, removed_share
+from pruners.model.ranking import slice_scores
 from pruners.model.sites import kind_of
 from pruners.model.surgery import keep_heads, remove_attention, remove_mlp
 from pruners.training.learner import LearningData, run

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pruners import cost_of, load_method
-from pruners.methods.x_pruner import second_difference
+from pruners.model.class_masks import second_difference
 from pruners.model.gates import remove_gates
 from pruners.training.learner import LearningData, run
 from tests.models import images_for
