@@ -12,6 +12,18 @@ from tests.forks.client import ray_workers
 from tests.models import build_tiny
 from tests.sweeps import write_sweep
 
+STARTS = {"ray_session", "cluster", "demo"}
+"""Fixtures that start Ray: whoever uses them is slow."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let files with slow tests begin first, so that two processes end together."""
+    for item in items:
+        if STARTS & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
 
 @pytest.fixture(autouse=True)
 def _one_thread_and_fixed_seed() -> None:

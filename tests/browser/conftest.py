@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pyarrow.parquet as pq
 import pytest
+import ray
 from playwright.sync_api import Page, expect, sync_playwright
 
 from tests.browser.demo import ROOT, Demo, python, server
@@ -21,7 +22,7 @@ PATIENCE_MS = 60_000
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+def demo(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Demo:
     """The demo, with fewer trials and images."""
     storage = tmp_path_factory.mktemp("demo")
     sets = ["trials=5", "ladder=3", "epochs=1", "halving=false", f'storage="{storage}"']
@@ -29,7 +30,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
         path = storage / f"{split}.parquet"
         pq.write_table(pq.read_table(ROOT / f"search/sample/{split}.parquet")[:images], path)
         sets.append(f'data.{split}="{path}"')
-    said = python("-m", "search", "run", "search/sweeps/sample.toml", "--set", *sets)
+    address = ray.get_runtime_context().gcs_address
+    command = ("-m", "search", "run", "search/sweeps/sample.toml", "--set", *sets)
+    said = python(*command, RAY_ADDRESS=address)
     return Demo(directory=storage / "sample", said=said)
 
 

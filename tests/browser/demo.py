@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from playwright.sync_api import Page
 
+from tests.forks.client import Forked
 from tests.processes import BIN, ROOT, free_port
 
 SCREENSHOTS = ROOT / "build" / "screenshots"
@@ -36,17 +36,10 @@ class Demo:
 
 def python(*arguments: str, code: int = 0, **variables: str) -> str:
     """Run a command of the README's; return what it printed."""
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    process = Forked(arguments, {**os.environ, **variables}, ROOT)
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == code, said
+    return said
 
 
 @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.request
@@ -12,26 +14,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.processes import BIN, free_port
+from tests.forks.client import SOCKET, ray_workers
+from tests.processes import BIN, ROOT, free_port
 
 TOKEN = "0123456789abcdef" * 4
 
 
 @contextmanager
 def head_node(token: Path) -> Iterator[dict[str, str]]:
-    """Start a head node that asks for the token in this file; yields a submitter's environment."""
+    """Start a head node that asks for the token in this file; yields a submitter's environment.
+
+    Its workers are forked; what they import that is not installed comes from where a job says.
+    """
     dashboard = free_port()
     token.write_text(TOKEN)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     environment |= {"PATH": f"{BIN}:{os.environ['PATH']}"}  # as after `source .venv/bin/activate`
     folder = Path(tempfile.mkdtemp(prefix="ray"))  # not tmp_path: paths of sockets must be short
-    started = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2"]
-    started += [f"--port={free_port()}", f"--temp-dir={folder}", "--disable-usage-stats"]
-    started += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-    started += [f"--dashboard-agent-listen-port={free_port()}"]
+    given = {"num_cpus": 2, "temp_dir": str(folder), **ray_workers()}
+    given |= {"include_dashboard": True, "dashboard_host": "127.0.0.1", "dashboard_port": dashboard}
+    given |= {"dashboard_agent_listen_port": free_port()}
     head = subprocess.Popen(
-        started, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "tests.cluster.run_head", json.dumps(given)],
+        cwd=ROOT,
+        env=environment | {SOCKET: os.environ[SOCKET], "RAY_USAGE_STATS_ENABLED": "0"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     address = f"http://127.0.0.1:{dashboard}"
     _wait_until_it_takes_jobs(address)

@@ -27,6 +27,7 @@ def address() -> str:
     server = subprocess.Popen(
         [sys.executable, "-m", "tests.forks.server", str(path)],
         cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )

@@ -32,6 +32,9 @@ IMPORTS = (
 """Not Ray, which takes settings from the environment when it is imported, nor onnxruntime, which
 starts a thread that copies would lack, nor what is tested here."""
 
+PACKAGES = sys.path[1:]
+"""Where this Python finds what is installed; it is started without a PYTHONPATH."""
+
 
 @dataclass
 class Process:
@@ -57,6 +60,8 @@ class Server:
         """Serve; return, in each copy, what it was asked to be."""
         while True:
             for key, _ in self.selector.select():
+                if self.selector.get_map().get(key.fd) is not key:
+                    continue  # no longer, since the one before it
                 if key.fileobj is self.door:
                     asked = self._fork(self.door.accept()[0])
                     if asked is not None:
@@ -127,12 +132,20 @@ def become(asked: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(asked["env"])
     first, *arguments = asked["arguments"]
-    sys.argv = [first, *arguments]
+    here = os.getcwd() if first == "-m" else os.path.dirname(first)
+    sys.path[:] = [here, *_python_path(), *PACKAGES]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+        del sys.modules[name]
     if first == "-m":
         sys.argv = arguments
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     else:
+        sys.argv = [first, *arguments]
         runpy.run_path(first, run_name="__main__")
+
+
+def _python_path() -> list[str]:
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from search.sweep.toml import load_sweep
 from search.tracking.addresses import local_uri
 from search.trial.worker_group import HEAD
 from search.tuner import bundle, most_trials_at_once
+from tests.forks.client import Forked
 from tests.images import write_images
 from tests.processes import ROOT
 
@@ -200,10 +201,9 @@ def test_ctrl_c_ends_cleanly_and_the_same_command_continues(sweep_file: Path) ->
     assert "Traceback" not in said
     assert not (directory / "done").exists()
     ended = {r.trial: r for r in read_trials(directory / "trials.parquet")}
-    again = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=150
-    )
-    assert again.returncode == 0, again.stderr
+    again = Forked(command[1:], environment, ROOT)
+    said, _ = again.communicate(timeout=150)
+    assert again.returncode == 0, said
     records = {r.trial: r for r in read_trials(directory / "trials.parquet")}
     assert [r.status for r in records.values()] == ["dense", *["finished"] * 5]
     for name, record in ended.items():
