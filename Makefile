@@ -2,16 +2,18 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := build/lowest
 # On two slow cores: quick 90 s, before each commit; test 8 minutes; chaos 8 minutes; fuzz 4, each night.
+QUICK := -m "not slow and not chaos and not gpu"
 TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 30 --durations-min 5
 
-.PHONY: demo quick test chaos fuzz lint clean
+.PHONY: demo quick test chaos fuzz lint docs lowest clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m search run search/sweeps/sample.toml
 
 quick: $(VENV)/installed
-	$(BIN)/python -m pytest $(TWO) -m "not slow and not chaos"
+	$(BIN)/python -m pytest $(TWO) $(QUICK)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest $(TWO) -m "not chaos"
@@ -27,10 +29,28 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/docs
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/zensical build --strict # which finds ruff there
+
+# The oldest versions that pyproject.toml names, in an environment of their own (about 7 GB).
+lowest:
+	rm -rf $(LOWEST) # an older list of versions would be kept
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/pip install --quiet uv
+	$(LOWEST)/bin/uv pip compile --quiet --resolution lowest-direct --python $(LOWEST)/bin/python \
+		--extra search --extra cluster --extra dev --output-file $(LOWEST)/requirements.txt pyproject.toml
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --requirement $(LOWEST)/requirements.txt
+	$(LOWEST)/bin/pip install --quiet --no-deps --editable .
+	$(LOWEST)/bin/python -m pytest $(TWO) $(QUICK)
+
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	touch $@
+
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) results
+	rm -rf $(VENV) build results *.egg-info

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from cluster.connection import Address
 from cluster.jobs import LIVE, JobExistsError, Jobs
-from search.sweep import SweepError
+from search.sweep import SweepError, sweep_file
 
 if TYPE_CHECKING:
     from cluster.schedules import Schedule
@@ -21,14 +21,18 @@ if TYPE_CHECKING:
 SCHEDULES = Path(__file__).parent / "schedules.toml"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, program: str = "python -m cluster") -> int:
     """Run the command line.
+
+    Args:
+        arguments: What stands behind the program's name; else that of this process.
+        program: What people have typed.
 
     Returns:
         0; 1 if the cluster or a job failed, 2 if what was given is wrong, 130 if it was
         interrupted; of a job that is followed its own exit code.
     """
-    args = _parser().parse_args(arguments)
+    args = _parser(program).parse_args(arguments)
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         return run(args)
@@ -43,12 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m cluster", description=__doc__)
+def _parser(program: str = "python -m cluster") -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=program, description=__doc__)
+    parser.set_defaults(program=program)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     submit = _verb(verbs, "submit", _submit, "run a sweep as a job")
-    submit.add_argument("sweep", type=Path, help="TOML file of the sweep")
+    submit.add_argument(
+        "sweep", type=Path, help="TOML file of the sweep, or the name of a shipped one"
+    )
     submit.add_argument("--name", help="name of the sweep, instead of the file's")
     submit.add_argument(
         "--set",
@@ -129,13 +136,13 @@ def _address(args: argparse.Namespace) -> Address:
 def _submit(args: argparse.Namespace) -> int:
     jobs = Jobs(_address(args), install=args.install, variables=args.env)
     overrides = [*args.set, *([f'name="{args.name}"'] if args.name else [])]
-    job = jobs.submit(args.sweep, overrides)
+    job = jobs.submit(sweep_file(args.sweep), overrides)
     name = job[: job.rindex("-", 0, job.rindex("-"))]  # without day and time
     print(f"submitted job {job}: {jobs.address.job_url(job)}")
     if args.follow:
         return jobs.follow(job, partial(print, end="", flush=True))
-    print(f"follow it: python -m cluster logs {name} --follow{_same_address(args)}")
-    print(f"stop it:   python -m cluster stop {name}{_same_address(args)}")
+    print(f"follow it: {args.program} logs {name} --follow{_same_address(args)}")
+    print(f"stop it:   {args.program} stop {name}{_same_address(args)}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import os
 import re
 import shlex
@@ -15,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.connection import Address, ClusterError
-from cluster.upload import ROOT, SWEEP, refuse_what_stays_behind, stage
-from search.sweep import PASSWORD, SweepError, load_sweep
+from cluster.upload import SWEEP, refuse_what_stays_behind, stage
+from search.sweep import PASSWORD, ROOT, SweepError, load_sweep
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails
@@ -25,6 +26,9 @@ SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
 """Names of environment variables that are secrets: a job's runtime environment is shown to all who
 see the dashboard.
 """
+
+EXTRA = "search"
+"""What nodes need beside the packages that all need: the extra of pyproject.toml."""
 
 LIVE = ("PENDING", "RUNNING")
 """States of a job that has not ended, as Ray names them."""
@@ -174,15 +178,24 @@ class Jobs:
 
 
 def dependencies(root: Path = ROOT) -> list[str]:
-    """Return the packages that pyproject.toml names.
+    """Return the packages that a sweep needs, as pyproject.toml or what is installed names them.
 
     Raises:
-        SweepError: If it is not there.
+        SweepError: If there is neither in the folder that holds the packages.
     """
     path = root / "pyproject.toml"
-    if not path.is_file():
+    if path.is_file():
+        project = tomllib.loads(path.read_text())["project"]
+        return [*project["dependencies"], *project["optional-dependencies"][EXTRA]]
+    try:
+        installed = importlib.metadata.distribution("prunefront")
+    except importlib.metadata.PackageNotFoundError:
+        installed = None
+    if installed is None or Path(str(installed.locate_file(""))).resolve() != root:
         raise SweepError(f"{path} does not exist; run this from a checkout, or give --no-install")
-    return list(tomllib.loads(path.read_text())["project"]["dependencies"])
+    parts = [line.partition(";") for line in installed.requires or ()]
+    wanted = ("", f'extra=="{EXTRA}"')
+    return [name.strip() for name, _, when in parts if when.replace(" ", "") in wanted]
 
 
 async def _follow(lines: Any, say: Callable[[str], None]) -> None:

@@ -27,7 +27,7 @@ from search.sweep import PASSWORD, SQLITE, SweepError, artifacts_beside, sqlite_
 TAG = "prunefront."
 """What the tags of a slot's experiment begin with."""
 
-_KIND = {"mlflow.experimentKind": "custom_model_development"}  # as search.tracking.runs gives it
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # as search.tracking.run_ids gives it
 _RECENT = 100  # experiments of which the last slot is one: all, unless somebody makes more at once
 
 

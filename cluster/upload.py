@@ -5,10 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from search.sweep import Sweep, SweepError
-
-ROOT = Path(__file__).resolve().parent.parent
-"""Folder that holds the packages."""
+from search.sweep import ROOT, Sweep, SweepError, shipped_file
 
 PACKAGES = ("search", "pruners")
 """Packages that a job runs; nodes need no copy of their own."""
@@ -45,7 +42,7 @@ def shipped(sweep: Sweep, root: Path = ROOT) -> list[Path]:
     """Return the files of the packages' own sample that a sweep names by relative paths."""
     data = sweep.data
     named = [sweep.model.path, data.train, data.val, data.test]
-    return [root / name for name in named if name is not None and _is_shipped(name, root)]
+    return [root / name for name in named if name is not None and shipped_file(name, root)]
 
 
 def refuse_what_stays_behind(sweep: Sweep, root: Path = ROOT) -> None:
@@ -57,7 +54,12 @@ def refuse_what_stays_behind(sweep: Sweep, root: Path = ROOT) -> None:
     named = {"model.path": sweep.model.path, "start_from": sweep.start_from}
     named |= {f"data.{split}": getattr(sweep.data, split) for split in ("train", "val", "test")}
     for key, value in named.items():
-        if value is None or "://" in value or Path(value).is_absolute() or _is_shipped(value, root):
+        if (
+            value is None
+            or "://" in value
+            or Path(value).is_absolute()
+            or shipped_file(value, root)
+        ):
             continue
         raise SweepError(
             f"{key} is {value!r}, which the job would not find; give a URI, "
@@ -68,13 +70,6 @@ def refuse_what_stays_behind(sweep: Sweep, root: Path = ROOT) -> None:
             f"storage is {sweep.storage!r}, which goes when the job ends; give an absolute path "
             "that all nodes see: --set 'storage=\"/shared/results\"'"
         )
-
-
-def _is_shipped(name: str, root: Path) -> bool:
-    """Whether a relative path is a file of the packages themselves."""
-    path = (root / name).resolve()
-    inside = any(path.is_relative_to(root / package) for package in PACKAGES)
-    return not Path(name).is_absolute() and inside and path.is_file()
 
 
 def _copy(source: Path, root: Path, folder: Path) -> None:

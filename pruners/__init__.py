@@ -5,6 +5,10 @@
 >>> plan = Plan(steps=(Step(pruner=load_method("magnitude"), thresholds={"blocks.0.mlp.fc1":
 0.5}),))
 >>> plan.apply(vit)
+
+Shapes of tensors stand in brackets, in these letters: B images, N tokens, D width, H heads, K width
+of a head's queries and keys, V of its values, F neurons of an MLP; `[]` is a scalar, `[...]` any
+shape.
 """
 
 from pruners.families.pruner import Pruner, load_method, method_names

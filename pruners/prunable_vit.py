@@ -30,7 +30,16 @@ class PrunableViT(ViT):
     def from_state_dict(
         cls, state: Mapping[str, Tensor], name: str | None = None, **args: Any
     ) -> Self:
-        """Build timm's `name`, or a plain `VisionTransformer(**args)`, with the given weights."""
+        """Build timm's `name`, or a plain `VisionTransformer(**args)`, with the given weights.
+
+        Args:
+            state: Name -> tensor [...], as the model's own `state_dict` gives them.
+            name: A model of timm's.
+            args: What differs from timm's `name`, or the arguments of `VisionTransformer`.
+
+        Raises:
+            ValueError: If the weights are not those of this architecture.
+        """
         parts = build(name, args)
         load_weights(parts["vit"], state, source="the state dict")
         return cls(**parts)
@@ -41,6 +50,10 @@ class PrunableViT(ViT):
 
         Without `name` and `args` the file's metadata must hold `arch`: the arguments of
         `VisionTransformer` as JSON.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the architecture is unknown, or the weights are not those of it.
         """
         state, file_args = read_safetensors(Path(path))
         if name is None and not args and file_args is None:

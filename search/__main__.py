@@ -10,6 +10,7 @@ from pathlib import Path
 
 from search.records.files import read_front
 from search.report.progress import front_table
+from search.sweep.shipped import sweep_file, with_shipped_files
 from search.sweep.spec import SweepError, SweepFailedError, SweepInterruptedError
 from search.sweep.toml import check_files, load_sweep
 
@@ -17,14 +18,18 @@ INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, program: str = "python -m search") -> int:
     """Run the command line.
 
+    Args:
+        arguments: What stands behind the program's name; else that of this process.
+        program: What people have typed.
+
     Returns:
-        0; 1 if a sweep failed, 2 if what was given is wrong, 3 if its front is smaller than the
-        one it started from, 130 if it was interrupted.
+        0; 1 if a sweep failed, 2 if an argument or a file is wrong, 3 if its front is smaller than
+        the one it started from, 130 if it was interrupted.
     """
-    args = _parser().parse_args(arguments)
+    args = _parser(program).parse_args(arguments)
     try:
         code: int = args.run(args) or 0
     except (SweepError, FileNotFoundError, ValueError) as error:
@@ -42,11 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m search", description=__doc__)
+def _parser(program: str = "python -m search") -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=program, description=__doc__)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     run = verbs.add_parser("run", help="run a sweep, or continue an interrupted one")
-    run.add_argument("sweep", type=Path, help="TOML file of the sweep")
+    run.add_argument(
+        "sweep", type=Path, help="TOML file of the sweep, or the name of a shipped one"
+    )
     run.add_argument(
         "--set",
         nargs="+",
@@ -86,9 +93,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    sweep = load_sweep(args.sweep, args.set)
+    sweep = with_shipped_files(load_sweep(sweep_file(args.sweep), args.set))
     check_files(sweep)
-    # What needs torch and Ray comes after what can go wrong without them.
+    # Imports of torch and Ray take seconds: errors that need neither come first.
     from search.run import run
 
     return run(sweep, sys.stdout)

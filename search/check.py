@@ -1,4 +1,4 @@
-"""What is checked of a sweep before anything expensive: its model, its methods, its labels."""
+"""Checks of a sweep before anything expensive: its model, its methods, its labels."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 from pruners import PrunableViT
 from search.data.model import load_model
 from search.data.shards import Shards, find_shards, naming
+from search.space.build import build_space
 from search.space.space import Space
 from search.sweep.spec import Sweep, SweepError
 
@@ -19,7 +20,7 @@ def check(sweep: Sweep) -> tuple[PrunableViT, Space]:
         SweepError: For the first thing that is wrong.
     """
     dense = load_model(sweep.model)
-    space = Space(sweep, dense.shape())
+    space = build_space(sweep, dense.shape())
     for split in ("train", "val", "test"):
         _check_labels(sweep, split, dense.vit.num_classes)
     return dense, space

@@ -1,10 +1,8 @@
-"""A trial's model in all formats that it can be used in, checked and measured; all or nothing."""
+"""Exports a trial's model in all formats, checked and measured; all or nothing."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,6 +17,7 @@ from pruners.export.onnx import TOLERANCE, Agreement, agreement, write_onnx, wri
 from pruners.export.semi_structured import is_two_of_four, semi_structured_layers
 from pruners.export.timm import SCRIPT, why_not, write_timm
 from pruners.export.timm import WEIGHTS as TIMM_WEIGHTS
+from pruners.model.files import replace_directory
 from search.data.splits import open_split
 from search.export_speed import Speed, measure_speed
 from search.records.files import read_trials
@@ -30,13 +29,13 @@ from search.trial.trial_files import check_model
 PROGRAM, ONNX = "model.pt2", "model.onnx"
 SEMI_STRUCTURED, MEASURED = "semi_structured.json", "measured.json"
 FILES = {WEIGHTS, SHAPE, PROGRAM, ONNX, TIMM_WEIGHTS, SCRIPT, SEMI_STRUCTURED, MEASURED}
-"""What an export may write."""
+"""Files that an export may write."""
 
 IMAGES = 64
 
 
 def export_trial(directory: Path, trial: str, out: Path, stream: TextIO) -> None:
-    """Write the model of a sweep's trial to a directory, and say what was written.
+    """Write the model of a sweep's trial to a directory, and print its files.
 
     An older export is replaced; where anything goes wrong, it stays as it is.
 
@@ -44,12 +43,12 @@ def export_trial(directory: Path, trial: str, out: Path, stream: TextIO) -> None
         directory: The sweep's.
         trial: The trial, as the front names it.
         out: The directory to write.
-        stream: Where it is said, in a line for each file.
+        stream: Where the files are printed, a line for each.
 
     Raises:
         FileNotFoundError: If there is no such sweep.
         ValueError: If the trial has no model, if `out` holds anything but an export, or if the ONNX
-            file does not compute what the model does.
+            file does not compute the model's logits.
     """
     records = {record.trial: record for record in read_trials(directory / "trials.parquet")}
     record = _finished(records, trial, directory)
@@ -59,30 +58,30 @@ def export_trial(directory: Path, trial: str, out: Path, stream: TextIO) -> None
     check_replaceable(out)
     models = _opened(directory, record), _opened(directory, dense)
     images, source = example_images(directory, models[0])
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+
+    def write(folder: Path) -> Written:
+        written = _write(folder, record, models, images)
+        _write_json(folder / MEASURED, written.to_json(trial, source))
+        return written
+
     try:
-        written = _write(temporary, record, models, images)
-        _write_json(temporary / MEASURED, written.to_json(trial, source))
-        _replace(temporary, out)
+        written = replace_directory(out, write)
     except ImportError as error:
         raise ValueError(str(error)) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    for line in _said(written, record, out, source):
+    for line in _summary(written, record, out, source):
         print(line, file=stream)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """What an export came to.
+    """Results of an export.
 
     Attributes:
-        agreement: Of the ONNX file with PyTorch.
-        no_timm: Why there are no files for timm; empty if there are.
+        agreement: Agreement of the ONNX file's logits with PyTorch's.
+        no_timm: Reason why there are no files for timm; empty if there are.
         semi_structured: Layer -> backend -> "taken", or why not; empty if no weights are 2:4.
         fewer: MACs of the dense model / MACs.
-        speeds: What was measured.
+        speeds: Measured speeds.
     """
 
     agreement: Agreement
@@ -92,7 +91,7 @@ class Written:
     speeds: list[Speed]
 
     def to_json(self, trial: str, source: str) -> dict[str, Any]:
-        """Return what `measured.json` holds."""
+        """Return the values of `measured.json`."""
         return {
             "trial": trial,
             "images": source,
@@ -182,10 +181,10 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def check_replaceable(out: Path) -> None:
-    """Refuse to write where something lies that no export wrote.
+    """Check that a directory is free, or holds an older export.
 
     Raises:
-        ValueError: That names it.
+        ValueError: If there is anything else; it is named.
     """
     if not out.exists() and not out.is_symlink():
         return
@@ -200,22 +199,7 @@ def check_replaceable(out: Path) -> None:
         raise ValueError(f"--out {out} holds a model that no export wrote; give another one")
 
 
-def _replace(temporary: Path, out: Path) -> None:
-    """Put a whole export in the place of an older one."""
-    if not out.exists():
-        os.replace(temporary, out)
-        return
-    older = temporary.with_name(f"{temporary.name}.older")
-    os.replace(out, older)
-    try:
-        os.replace(temporary, out)
-    except OSError:
-        os.replace(older, out)
-        raise
-    shutil.rmtree(older)
-
-
-def _said(written: Written, record: TrialRecord, out: Path, source: str) -> list[str]:
+def _summary(written: Written, record: TrialRecord, out: Path, source: str) -> list[str]:
     accuracy = f"validation {record.val_top1:.1f} %"
     if record.test_top1 is not None:
         accuracy += f", test {record.test_top1:.1f} %"

@@ -1,4 +1,4 @@
-"""How fast a model is beside the dense one, on this CPU, in PyTorch and in onnxruntime."""
+"""Speed of a model and of the dense one on this CPU, in PyTorch and in onnxruntime."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pruners.export.onnx import onnx_call
 from pruners.latency.timing import forward_call, seconds_in_turn
 
 SECONDS = 4.0
-"""Time for each number of images, about; a large model takes what three rounds take."""
+"""Seconds of measuring per batch size, about; of a large model, as long as three rounds take."""
 
 BATCH, BATCH_SECONDS = 64, 8.0
 """Images of the larger batch; fewer where the dense model would take more seconds than this."""
@@ -57,7 +57,7 @@ def measure_speed(
 
     Args:
         dense: The dense model, in evaluation mode, on the CPU.
-        vit: The other one.
+        vit: The pruned model, likewise.
         files: The two as ONNX files.
         images: [B, channels, height, width]; repeated where more are needed.
     """

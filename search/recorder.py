@@ -13,6 +13,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 
 from search.records.atomic import writing_to
+from search.records.events import EpochResult, TrialConfig
 from search.records.files import write_front, write_trials
 from search.records.ledger import Ledger
 from search.report.progress import Progress
@@ -35,7 +36,7 @@ PATIENCE_S = 30.0
 
 
 class Recorder(tune.Callback):
-    """Writes down what happens, as Ray calls it.
+    """Records the events of trials, as Ray Tune calls back.
 
     What ends is in the ledger at once; the tables, which are written as a whole, follow, and so
     does MLflow.
@@ -51,7 +52,7 @@ class Recorder(tune.Callback):
     ) -> None:
         """Record into a ledger and a terminal; an open tracker follows the ledger.
 
-        The searcher is told which trials whose process failed go on.
+        The searcher is told which trials whose process failed are resumed.
         """
         self.ledger, self.tracker, self.progress, self.clock = ledger, tracker, progress, clock
         self.searcher, self.retries = searcher, Retries(ledger.sweep.max_failures)
@@ -68,11 +69,12 @@ class Recorder(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
-        """Take an epoch's metrics, unless they are known: a trial that starts anew repeats them."""
+        """Take an epoch's metrics, unless they are known: a trial that is resumed repeats them."""
         with self._stopping():
-            if self.failure is None and self.ledger.report(result):
-                self.retries.progressed(result["trial"])
-                self.progress.epoch(self.ledger.records[result["trial"]])
+            epoch = EpochResult.from_report(result)
+            if self.failure is None and self.ledger.report(epoch):
+                self.retries.progressed(epoch.trial)
+                self.progress.epoch(self.ledger.records[epoch.trial])
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
@@ -91,11 +93,12 @@ class Recorder(tune.Callback):
 
         One that its node ran out of memory for will pass its batches in twice as many parts.
         """
-        reason, said, parts = self._reason(trial), last_failure(trial), trial.config.get("parts", 1)
+        config = TrialConfig.from_json(trial.config)
+        name, parts = config.trial, config.parts
+        reason, said = self._reason(trial), last_failure(trial)
         self._stop_if_unwritable(reason)
         if self.failure is not None:
             return
-        name = trial.config["trial"]
         if NODE_MEMORY in said:
             parts = 2 * parts
             reason = f"its node ran out of memory; batches in {parts} parts"
@@ -175,7 +178,7 @@ class Recorder(tune.Callback):
 
 
 def last_failure(trial: Trial) -> str:
-    """Return what Ray says of a trial's last failure; empty if it says nothing."""
+    """Return Ray's message on a trial's last failure; empty without one."""
     if trial.error_file is None or not Path(trial.error_file).exists():
         return ""
     return Path(trial.error_file).read_text().rpartition("Failure # ")[2]

@@ -7,15 +7,20 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 from search.check import check
 from search.records.files import read_front
 from search.records.front_diff import change
 from search.report.progress import front_table, headline
+from search.sweep.shipped import ROOT
 from search.sweep.spec import Sweep
-from search.tracking.runs import page_address, ui_command
+from search.tracking.addresses import page_address, ui_command
+
+PACKAGES = ("search", "pruners")
+"""Packages that Ray's workers import."""
 
 WORSE = 3
 """Exit status of a sweep whose front is smaller than the one it started from."""
@@ -66,10 +71,30 @@ def connect() -> None:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # the first one ends the sweep
+    settings: dict[str, Any] = {"log_to_driver": False}
+    if _hidden_by(Path.cwd()):
+        settings["runtime_env"] = {"worker_process_setup_hook": _import_packages}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level=logging.WARNING, log_to_driver=False)
+        ray.init(logging_level=logging.WARNING, **settings)
     else:
-        ray.init("local", include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
+        ray.init("local", include_dashboard=False, logging_level=logging.ERROR, **settings)
+
+
+def _hidden_by(folder: Path) -> bool:
+    """Whether a folder, which Ray puts first on its workers' path, has others of our names."""
+    for name in PACKAGES:
+        found = [path for path in (folder / name, folder / f"{name}.py") if path.exists()]
+        if any(path.resolve() != ROOT / name for path in found):
+            return True
+    return False
+
+
+def _import_packages() -> None:
+    """Import our packages in a worker, before Ray puts the driver's folder first on its path.
+
+    To find this function, the worker has imported `search` by now.
+    """
+    import pruners  # noqa: F401
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from ray import tune
 
 from pruners import PrunableViT
 from pruners.families.learned import Learned
-from search.data.fingerprint import identity
+from pruners.model.files import replace_file
+from search.data.fingerprint import fingerprint
 from search.data.shards import Shards, find_shards
 from search.finish import finish
 from search.prepare.elastic import ElasticStart, tune_elastic
@@ -29,7 +30,9 @@ from search.records.lease import hold
 from search.records.ledger import Ledger
 from search.records.trial_record import TrialRecord
 from search.report.progress import Progress, front_line
+from search.space.draw import draw_plans
 from search.space.space import Space
+from search.strategy.export_study import export_study
 from search.strategy.fifo import InOrder
 from search.strategy.moasha import MoAsha
 from search.strategy.searcher import PlanSearcher
@@ -39,7 +42,7 @@ from search.tracking.runs import SweepRuns
 from search.tracking.tracker import Tracker
 from search.trial.inputs import TrialInputs
 from search.trial.node_memory import full_nodes_end_actors_only
-from search.trial.trial import PlanTrial
+from search.trial.tune_adapter import PlanTrial
 from search.trial.worker_group import HEAD, SharedTrial, ray_folder, worker_bundle
 
 ELASTIC_PLANS = 256
@@ -55,14 +58,14 @@ RAY_SETTINGS = {  # environment variables
 
 
 def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) -> Front:
-    """Run a sweep to its end, or continue an interrupted one, and return its front.
+    """Run a sweep to its end, or resume an interrupted one, and return its front.
 
     Ray must be connected. Everything is written below the sweep's directory.
 
     Raises:
         SweepError: If the directory holds another sweep, or another driver runs this one, or
             `start_from` holds none.
-        SweepInterruptedError: If it was interrupted (Ctrl-C); the same call continues it.
+        SweepInterruptedError: If it was interrupted (Ctrl-C); the same call resumes it.
     """
     concurrent = sweep.concurrency or most_trials_at_once(sweep)
     earlier = earlier_front(sweep)
@@ -71,7 +74,7 @@ def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) ->
         ledger = Ledger(sweep, may_write=lease.check)
         runs = SweepRuns.open(sweep, dense.shape(), lease.check, earlier)
         ledger.begin()
-        digests = identity(sweep, dense)
+        digests = fingerprint(sweep, dense)
         ledger.identify(digests)
         val = val_shards(sweep)
         ledger.add_once("classes", names=list(val.classes))
@@ -84,16 +87,16 @@ def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) ->
                 start=elastic_start(sweep, dense, space, ledger, progress),
                 directory=sweep.directory.resolve(),
                 attempt=lease.attempt.number,
-                identity=digests,
+                fingerprint=digests,
             )
             known = [member.parameters for member in earlier.members] if earlier else []
             searcher = PlanSearcher(sweep, space, ledger, earlier=known, val_images=val.rows)
             run_trials(inputs, searcher, Recorder(ledger, tracker, progress, searcher), concurrent)
             records = list(ledger.records.values())
-            if not searcher.finished or any(r.status == "running" for r in records):
+            if not searcher.phases.finished or any(r.status == "running" for r in records):
                 raise SweepInterruptedError(interrupted_line(sweep, records))
-            progress.stopped(searcher.stopped)
-            searcher.export_study(sweep.directory / "study.db")
+            progress.stopped(searcher.phases.stopped)
+            export_study(searcher.phases.proposer.study, sweep.directory / "study.db")
             return finish(sweep, dense, digests, ledger, tracker, progress)
 
 
@@ -118,7 +121,7 @@ def val_shards(sweep: Sweep) -> Shards:
 
 
 def interrupted_line(sweep: Sweep, records: list[TrialRecord]) -> str:
-    """Say how far a sweep came, and how it goes on."""
+    """Say how far a sweep came, and how to resume it."""
     ended = [r for r in records if r.status != "running"]
     front = "no front yet"
     if any(r.status == "dense" for r in ended):
@@ -132,7 +135,7 @@ def interrupted_line(sweep: Sweep, records: list[TrialRecord]) -> str:
 def with_learned(
     sweep: Sweep, dense: PrunableViT, space: Space, ledger: Ledger, progress: Progress
 ) -> Space:
-    """Let all steps learn or score, and return the space that knows what they propose."""
+    """Let all steps learn or score, and return the space of the measured methods."""
     runs: list[LearningRun] = []
 
     def ended(run: LearningRun) -> None:
@@ -145,7 +148,7 @@ def with_learned(
     learned = learn_all(sweep, dense, space.steps, ended, progress.still_learning)
     ledger.add_once("learned", runs=[dataclasses.asdict(run) for run in runs])
     progress.restart_clock()
-    return Space(sweep, dense.shape(), learned)
+    return space.measured(learned)
 
 
 def elastic_start(
@@ -154,7 +157,7 @@ def elastic_start(
     """Return the model that trials cut: the dense one, or the one that was tuned for cuts."""
     if not sweep.elastic_epochs:
         return dense
-    smallest, plans = space.draw(ELASTIC_PLANS, sweep.seed)
+    smallest, plans = draw_plans(space, ELASTIC_PLANS, sweep.seed)
     learned = {
         rung.pruner: Learned.load(Path(rung.path))
         for step in space.steps
@@ -191,9 +194,8 @@ def prepare_directory(sweep: Sweep) -> None:
     _refuse_another(sweep)
     with writing_to(sweep.directory):
         sweep.directory.mkdir(parents=True, exist_ok=True)
-        temporary = sweep.directory / f".sweep.{os.uname().nodename}.{os.getpid()}"
-        temporary.write_text(sweep_toml(sweep))
-        os.replace(temporary, sweep.directory / "sweep.toml")
+        content = sweep_toml(sweep)
+        replace_file(sweep.directory / "sweep.toml", lambda path: path.write_text(content))
 
 
 def _refuse_another(sweep: Sweep) -> None:
@@ -215,7 +217,7 @@ def run_trials(
     sweep, scheduler = inputs.sweep, InOrder()
     if sweep.halving is not None:
         scheduler = MoAsha(epochs=sweep.epochs, **sweep.halving.model_dump())
-        scheduler.repeat(recorder.ledger.past)
+        scheduler.replay(recorder.ledger.past)
     shutil.rmtree(sweep.directory / ray_folder(sweep), ignore_errors=True)
     trainable = PlanTrial if sweep.resources.workers == 1 else SharedTrial
     os.environ |= RAY_SETTINGS

@@ -22,21 +22,24 @@ import tomli_w
 from PIL import Image
 
 from search.check import label_range
+from search.data.cache import open_decoded
 from search.data.decode import Corrupt, ImageSpec, decode_all
-from search.data.images import open_decoded, open_images
+from search.data.images import open_images
 from search.data.shards import find_shards
 from search.data.teacher import open_answers
 from search.records.files import read_front, read_trials, write_front, write_trials
 from search.records.front import build_front
 from search.records.journal import Journal
-from search.records.ledger import METRICS, Ledger
+from search.records.ledger import Ledger
 from search.sweep.toml import load_sweep
 from search.tracking.note import note
-from search.tracking.runs import RUNS, SweepRuns
+from search.tracking.run_ids import RUNS
+from search.tracking.runs import SweepRuns
 from tests.fuzz_format import Format, either
 from tests.images import png, random_pixels, write_images
 from tests.mutations import ODD, Random, damaged, damaged_json, odd_values
 from tests.search.logged import TINY_SHAPE, tracked
+from tests.search.trial_events import config_of, result_of
 from tests.search.trial_records import record
 from tests.sweeps import SWEEP_TOML
 
@@ -152,12 +155,9 @@ def ledger(folder: Path) -> Format:
     whole = load_sweep(toml)
     whole.directory.mkdir(parents=True)
     written = Ledger(whole)
-    config = {"trial": "0000", "origin": "dense", "plan": '{"steps": []}', "cost_ratio": 1.0}
-    config |= {"of": "", "seed": 0, "parameters": {"budget": 0.5}}
-    result = {**dict.fromkeys(METRICS, 1.5), "trial": "0000", "epoch": 0, "status": "dense"}
     written.begin()
-    written.ask(config)
-    written.report({**result, "reason": "", "shape": "{}", "by_class": [50.0, None]})
+    written.ask(config_of("0000", origin="dense", cost_ratio=1.0))
+    written.report(result_of("0000", status="finished", by_class=[50.0, None]))
     written.end("0000", "dense", "")
     path = written.journal.path
     lines, other = written.journal.read(), folder / "other.jsonl"

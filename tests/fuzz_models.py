@@ -22,6 +22,7 @@ from search.tracking.served import read_served
 from search.trial.trial_files import RESULTS, TUNER, TrialFiles
 from tests.fuzz_format import Format, either
 from tests.mutations import Random, damaged, damaged_json, odd_values
+from tests.search.trial_events import config_of, result_of
 
 SMALLEST = {"img_size": 16, "patch_size": 8, "embed_dim": 8, "depth": 1, "num_heads": 2}
 SMALLEST |= {"num_classes": 3, "in_chans": 1}
@@ -182,11 +183,10 @@ def served_note(folder: Path) -> Format:
 
 def trial(folder: Path, name: str) -> Format:
     """What a trial leaves: its results, or the state of its tuner with a digest that fits."""
-    files = TrialFiles(folder, {"trial": "0001", "plan": "{}"})
-    result: dict[str, Any] = {"trial": "0001", "epoch": 1, "status": "running", "val_top1": 50.0}
+    files = TrialFiles(folder, config_of("0001"))
     tuner = {"optimizer": {"state": [torch.ones(2)], "lr": 0.1}, "steps": 3}
     vit = PrunableViT(VisionTransformer(**SMALLEST), arch={"name": None, "args": SMALLEST})
-    files.save(vit, [result], tuner, 1.5)
+    files.save(vit, [result_of("0001", epoch=1)], tuner, 1.5)
     (saved,) = files.directory.glob("epoch-*")
     path = saved / name
     results, content = path.with_name(RESULTS), path.read_bytes()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pruners.families.options import option
 from pruners.families.weight import WeightPruner
 from pruners.model.types import Batches, Scores, Thresholds
 from pruners.model.vit import ViT
@@ -34,18 +35,10 @@ class FisherPruner(WeightPruner, abc.ABC):
         memory_gb: Memory for curvature, in 1e9 bytes; more means fewer passes over the images.
     """
 
-    block: int = 64
-    damping: float = 1e-2
-    gradient_batch: int = 1
-    memory_gb: float = 1.0
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        for option in ("block", "damping", "gradient_batch", "memory_gb"):
-            value = getattr(self, option)
-            if not value > 0:
-                raise ValueError(f"option {option} of {self.name} is {value}; give more than 0")
+    block: int = option(64, low=1)
+    damping: float = option(1e-2, above=0.0)
+    gradient_batch: int = option(1, low=1)
+    memory_gb: float = option(1.0, above=0.0)
 
     @abc.abstractmethod
     def curvature(self, weights: int, total: int) -> Curvature:

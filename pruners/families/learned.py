@@ -17,11 +17,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pruners.families.allocation import common_cutoff
+from pruners.families.options import LARGEST_SEED, option
 from pruners.families.unit import UnitPruner
 from pruners.model.cost import cost_of
 from pruners.model.files import load_weights, write_tensors
 from pruners.model.shape import ViTShape
-from pruners.model.sites import block_site, kind_of
+from pruners.model.sites import block_of, block_site, kind_of
 from pruners.model.types import Batches, Scores, Thresholds
 from pruners.model.vit import ViT
 from pruners.training.learner import Learner, LearningData, run
@@ -90,6 +91,14 @@ class Learned:
         return cls(**found, report=report)
 
 
+class UnitLearner(Learner, abc.ABC):
+    """The learning run of a method, which says in the end what was learned."""
+
+    @abc.abstractmethod
+    def conclude(self, data: LearningData) -> Learned:
+        """Return what was learned. The run is over then: the model may lose its gates."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LearnedPruner(UnitPruner, abc.ABC):
     """A unit method that learns.
@@ -109,31 +118,14 @@ class LearnedPruner(UnitPruner, abc.ABC):
     whole_kinds: ClassVar[tuple[str, ...]] = ()
     """Kinds of which `allocate` may take a site's last unit too."""
 
-    epochs: int = 4
-    lr: float = 5e-4
+    epochs: int = option(4, low=1)
+    lr: float = option(5e-4, above=0.0)
     keep_weights: bool = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        if self.epochs < 1:
-            raise ValueError(f"option epochs of {self.name} is {self.epochs}; give at least 1")
-        if not self.lr > 0.0:
-            raise ValueError(f"option lr of {self.name} is {self.lr}; give more than 0")
-        if not 0.0 < getattr(self, "budget", 0.5) < 1.0:
-            raise ValueError(
-                f"option budget of {self.name} is {self.options()['budget']}; "
-                "give a share of the dense cost, 0 < budget < 1"
-            )
+    seed: int = option(0, low=0, high=LARGEST_SEED)
 
     @abc.abstractmethod
-    def learner(self, vit: ViT, data: LearningData) -> Learner:
+    def learner(self, vit: ViT, data: LearningData) -> UnitLearner:
         """Start a run on a model that is the run's own."""
-
-    @abc.abstractmethod
-    def conclude(self, learner: Learner, data: LearningData) -> Learned:
-        """Return what a run learned."""
 
     def learns_for_a_budget(self) -> bool:
         """Whether another budget needs another run."""
@@ -167,7 +159,7 @@ class LearnedPruner(UnitPruner, abc.ABC):
             torch.manual_seed(self.seed)
             learner = self.learner(own, data)
             run(learner, data, self.total_epochs(), self.seed, checkpoint)
-            learned = self.conclude(learner, data)
+            learned = learner.conclude(data)
         seconds = time.perf_counter() - start
         return Learned(
             scores={site: s.detach().float().cpu() for site, s in learned.scores.items()},
@@ -224,7 +216,7 @@ class LearnedPruner(UnitPruner, abc.ABC):
         left = {
             site: margin
             for site, margin in margins.items()
-            if kind_of(site) != "block" and block_site(int(site.split(".")[1])) not in gone
+            if kind_of(site) != "block" and block_site(block_of(site)) not in gone
         }
         whole = [site for site in left if kind_of(site) in self.whole_kinds]
         return common_cutoff(
@@ -233,11 +225,11 @@ class LearnedPruner(UnitPruner, abc.ABC):
 
 
 def model_tensors(vit: ViT) -> dict[str, Tensor]:
-    """Return copies of a model's tensors, on the CPU."""
+    """Return name -> copy of each of a model's tensors, [...], on the CPU."""
     return {name: t.detach().cpu().clone() for name, t in vit.vit.state_dict().items()}
 
 
 def standardised(scores: Tensor) -> Tensor:
-    """Return (scores - mean) / standard deviation; zeros where all are equal."""
+    """Return (scores [n] - mean) / standard deviation; zeros where all are equal."""
     centred = scores - scores.mean()
     return centred / centred.square().mean().sqrt().clamp_min(1e-12)

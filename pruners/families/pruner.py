@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
+from pruners.families.options import check_options
 from pruners.model.shape import ViTShape
 from pruners.model.types import Batches, Scores, Thresholds
 from pruners.model.vit import ViT
@@ -27,11 +28,22 @@ FAMILIES = ("unit", "token", "weight")
 
 @dataclass(frozen=True, kw_only=True)
 class Pruner(abc.ABC):
-    """A pruning method: a frozen dataclass of its own options."""
+    """A pruning method: a frozen dataclass of its own options.
+
+    Their types are those of the fields, their bounds are declared with `option`.
+    """
 
     family: ClassVar[str]
     whole_sites: ClassVar[bool] = False
     """Whether a threshold of 1 is allowed; it removes the whole branch of its site."""
+
+    def __post_init__(self) -> None:
+        """Check each option by itself; a method adds what its options must be together.
+
+        Raises:
+            ValueError: That names the option, its value and what would be right.
+        """
+        check_options(self.name, self)
 
     @property
     def name(self) -> str:
@@ -75,7 +87,11 @@ class Pruner(abc.ABC):
         return thresholds
 
     def check(self, shape: ViTShape, thresholds: Thresholds) -> None:
-        """Raise a ValueError for an unknown site or a share out of range."""
+        """Check thresholds for a network of that shape.
+
+        Raises:
+            ValueError: For an unknown site or a share out of range.
+        """
         sites = self.sites(shape)
         for site, share in thresholds.items():
             if site not in sites:
@@ -136,7 +152,4 @@ def load_method(name: str, **options: Any) -> Pruner:
         )
     # TOML and JSON have lists where options are tuples.
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    try:
-        return method(**given)
-    except TypeError as error:
-        raise ValueError(f"options of {name} are {given}, of the wrong type ({error})") from error
+    return method(**given)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pruners.families.allocation import same_share
+from pruners.families.options import option
 from pruners.families.token import TokenPruner, quarters, token_shares
 from pruners.model.cost import cost_of
 from pruners.model.policy import PolicyLoss
@@ -40,23 +41,17 @@ class SelectorPruner(TokenPruner, abc.ABC):
     least_dropped: ClassVar[int] = 1
     """A selector that drops fewer patches than these is left out."""
 
-    blocks: tuple[int, ...] = ()
-    ratio_weight: float = 2.0
-    token_weight: float = 0.5
+    blocks: tuple[int, ...] = option((), low=1)
+    ratio_weight: float = option(2.0, low=0.0)
+    token_weight: float = option(0.5, low=0.0)
 
     def __post_init__(self) -> None:
-        """Check the options."""
-        wrong = any(type(block) is not int or block < 1 for block in self.blocks)
-        if wrong or len(set(self.blocks)) < len(self.blocks):
+        """Check also that the blocks are different ones."""
+        super().__post_init__()
+        if len(set(self.blocks)) < len(self.blocks):
             raise ValueError(
-                f"option blocks of {self.name} is {list(self.blocks)}; "
-                "give different numbers of blocks, 1 or more"
+                f"option blocks of {self.name} is {list(self.blocks)}; give different blocks"
             )
-        for option in ("ratio_weight", "token_weight"):
-            if not getattr(self, option) >= 0.0:
-                raise ValueError(
-                    f"option {option} of {self.name} is {getattr(self, option)}; give at least 0"
-                )
 
     def sites(self, shape: ViTShape) -> dict[str, int]:
         """Return a site in front of each block that may have a selector.

@@ -13,6 +13,7 @@ import torch
 from pruners.families.allocation import same_share
 from pruners.families.pruner import Pruner
 from pruners.model.shape import BlockShape, ViTShape
+from pruners.model.sites import block_of
 from pruners.model.tokens import FrontReducer, MiddleReducer, TokenLoss, TokenReducer
 from pruners.model.types import Batches, Scores, Thresholds
 from pruners.model.vit import ViT
@@ -89,7 +90,7 @@ def quarters(shape: ViTShape) -> list[int]:
 def token_shares(thresholds: Thresholds) -> dict[int, float]:
     """Return block -> share of its token site, first block first, where anything goes."""
     shares = {
-        int(site.split(".")[1]): share
+        block_of(site): share
         for site, share in thresholds.items()
         if site.endswith(".token") and share > 0.0
     }

@@ -12,24 +12,21 @@ import torch
 from torch import Tensor
 
 from pruners.families.allocation import rank_globally
+from pruners.families.options import option
 from pruners.families.pruner import Pruner
 from pruners.model.attention import Attention
+from pruners.model.ranking import cut_attention, cut_mlp, highest, slice_scores
 from pruners.model.shape import BlockShape, ViTShape, units_kept
 from pruners.model.sites import RAGGED, WHOLE, kind_of, ragged_site, unit_sites
 from pruners.model.surgery import (
     keep_attention_writes,
-    keep_heads,
-    keep_mlp_writes,
-    keep_neurons,
-    keep_qk_dims,
     keep_ragged_dims,
-    keep_v_dims,
     padded_size,
     remove_attention,
     remove_mlp,
 )
 from pruners.model.types import Scores, Thresholds
-from pruners.model.vit import Block, ViT
+from pruners.model.vit import ViT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +56,11 @@ class UnitPruner(Pruner, abc.ABC):
     whole_sites: ClassVar[bool] = True
 
     units: tuple[str, ...] = ("head", "neuron")
-    multiple: int = 1
+    multiple: int = option(1, low=1)
 
     def __post_init__(self) -> None:
-        """Check the options."""
+        """Check also that the kinds of units fit the method and each other."""
+        super().__post_init__()
         wrong = [unit for unit in self.units if unit not in self.kinds()]
         if wrong or not self.units:
             raise ValueError(
@@ -77,8 +75,6 @@ class UnitPruner(Pruner, abc.ABC):
                 f"give {alone[0]!r} without other dims"
                 + (" or heads" if alone[0] in RAGGED else "")
             )
-        if self.multiple < 1:
-            raise ValueError(f"option multiple of {self.name} is {self.multiple}; give at least 1")
 
     @classmethod
     def kinds(cls) -> tuple[str, ...]:
@@ -95,7 +91,11 @@ class UnitPruner(Pruner, abc.ABC):
         }
 
     def check(self, shape: ViTShape, thresholds: Thresholds) -> None:
-        """Also refuse to remove all dims of all heads: that is removing the heads."""
+        """Check also that no threshold removes all dims of all heads: that is removing the heads.
+
+        Raises:
+            ValueError: For an unknown site or a share out of range.
+        """
         super().check(shape, thresholds)
         for site, share in thresholds.items():
             if share == 1.0 and kind_of(site) not in WHOLE:
@@ -145,11 +145,11 @@ class UnitPruner(Pruner, abc.ABC):
                     self, before, index, block.attn, scores, thresholds
                 ).items():
                     vit.masks[f"blocks.{index}.attn.{layer}"] = mask
-                _cut_attention(block, shape, scores, f"blocks.{index}.attn")
+                cut_attention(block, shape, scores, f"blocks.{index}.attn")
             if block.mlp is not None and shape.hidden == 0:
                 remove_mlp(block)
             elif block.mlp is not None:
-                _cut_mlp(block, shape, scores, f"blocks.{index}.mlp")
+                cut_mlp(block, shape, scores, f"blocks.{index}.mlp")
 
 
 def check_scores(pruner: Pruner, shape: ViTShape, scores: Scores, thresholds: Thresholds) -> None:
@@ -164,27 +164,6 @@ def check_scores(pruner: Pruner, shape: ViTShape, scores: Scores, thresholds: Th
                 f"{pruner.name} has scores of {scores[site].shape[-1]} units at {site}, which has "
                 f"{units}; give scores of this network"
             )
-
-
-def slice_scores(scores: Tensor) -> Tensor:
-    """Return the scores of removing the weakest unit, the second weakest, ... of a site.
-
-    Of dims one goes in every head: the weakest of each, then the second weakest of each.
-
-    Args:
-        scores: [F] of heads, neurons or channels, or [H, K] of dims.
-
-    Returns:
-        [F] or [K], ascending.
-    """
-    ordered = scores.sort(dim=-1).values
-    return ordered if ordered.dim() == 1 else ordered.sum(dim=0)
-
-
-def highest(scores: Tensor, kept: int) -> Tensor:
-    """Indices, ascending, of the `kept` highest scores along the last dimension."""
-    order = torch.argsort(scores, dim=-1, descending=True, stable=True)
-    return order[..., :kept].sort(dim=-1).values
 
 
 _FIELDS = {
@@ -275,31 +254,3 @@ def _without_empty_branches(block: BlockShape) -> BlockShape:
     if block.heads == 0:
         block = dataclasses.replace(block, qk_dim=0, v_dim=0, attn_out=0)
     return block if block.hidden else dataclasses.replace(block, mlp_out=0)
-
-
-def _cut_attention(block: Block, shape: BlockShape, scores: Scores, name: str) -> None:
-    """Cut heads, then the same number of dims of each head."""
-    attn = block.attn
-    if attn is None:
-        return
-    heads = torch.arange(attn.heads)
-    if shape.heads < attn.heads:
-        heads = highest(scores[f"{name}.head"], shape.heads)
-        keep_heads(attn, heads)
-    dims = scores.get(f"{name}.dim")
-    if shape.qk_dim < attn.qk_dim:
-        by_head = dims if dims is not None else scores[f"{name}.qk_dim"]
-        keep_qk_dims(attn, highest(by_head[heads], shape.qk_dim))
-    if shape.v_dim < attn.v_dim:
-        by_head = dims if dims is not None else scores[f"{name}.v_dim"]
-        keep_v_dims(attn, highest(by_head[heads], shape.v_dim))
-
-
-def _cut_mlp(block: Block, shape: BlockShape, scores: Scores, name: str) -> None:
-    """Cut neurons, then written channels."""
-    if block.mlp is None:
-        return
-    if shape.hidden < block.mlp.fc1.out_features:
-        keep_neurons(block.mlp, highest(scores[f"{name}.neuron"], shape.hidden))
-    if shape.mlp_out < block.mlp.fc2.out_features:
-        keep_mlp_writes(block, highest(scores[f"{name}.mlp_out"], shape.mlp_out))

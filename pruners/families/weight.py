@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pruners.families.allocation import rank_globally, same_share
+from pruners.families.options import option
 from pruners.families.pruner import Pruner
 from pruners.model.masks import apply_masks, keep_highest, keep_n_of_m
 from pruners.model.shape import ViTShape, units_kept
@@ -45,24 +46,8 @@ class WeightPruner(Pruner, abc.ABC):
 
     scope: Literal["global", "layer"] = "global"
     pattern: Literal["none", "2:4", "4:8"] = "none"
-    rounds: int = 1
-    ramp_epochs: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        if self.scope not in ("global", "layer"):
-            raise ValueError(
-                f"option scope of {self.name} is {self.scope!r}; give 'global' or 'layer'"
-            )
-        if self.pattern not in PATTERNS:
-            raise ValueError(
-                f"option pattern of {self.name} is {self.pattern!r}; give one of {list(PATTERNS)}"
-            )
-        if self.rounds < 1 or self.ramp_epochs < 0:
-            raise ValueError(
-                f"options rounds and ramp_epochs of {self.name} are {self.rounds} and "
-                f"{self.ramp_epochs}; give at least 1 and 0"
-            )
+    rounds: int = option(1, low=1)
+    ramp_epochs: int = option(0, low=0)
 
     def sites(self, shape: ViTShape) -> dict[str, int]:
         """Return the linear layers with their number of weights."""
@@ -116,7 +101,7 @@ class WeightPruner(Pruner, abc.ABC):
         apply_masks(dict(vit.linears()), vit.masks)
 
     def mask(self, vit: ViT, site: str, scores: Tensor, kept: int) -> Tensor:
-        """Return the mask of a layer: `kept` of the highest scores, or the pattern's."""
+        """Return the mask of a layer: `kept` of the highest scores [out, in], or the pattern's."""
         if site in vit.masks:
             scores = scores.masked_fill(~vit.masks[site].to(scores.device), float("-inf"))
         if self.pattern == "none":

@@ -49,5 +49,10 @@ def _finish(call: Call, device: torch.device | None) -> None:
 
 
 def forward_call(vit: ViT, images: Tensor) -> Call:
-    """Return what runs a model, in evaluation mode, on images on its device."""
+    """Return what runs a model, in evaluation mode, on images on its device.
+
+    Args:
+        vit: The model.
+        images: [B, channels, height, width].
+    """
     return torch.inference_mode()(lambda: vit(images))

@@ -30,19 +30,28 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from pruners.families.allocation import rank_globally
-from pruners.families.learned import Learned, LearnedPruner, model_tensors
-from pruners.families.unit import highest, slice_scores
+from pruners.families.learned import Learned, LearnedPruner, UnitLearner, model_tensors
+from pruners.families.options import option
 from pruners.model.cost import cost_of
 from pruners.model.gates import SLOTS, Gate, remove_gates
+from pruners.model.ranking import highest, slice_scores
 from pruners.model.shape import ViTShape
-from pruners.model.sites import kind_of
+from pruners.model.sites import block_of, kind_of
 from pruners.model.types import Scores, Thresholds
 from pruners.model.vit import Block, ViT
-from pruners.training.learner import Learner, LearningData
-from pruners.training.optimisation import autocast_dtype, distillation, schedule_factor
+from pruners.training.learner import LearningData
+from pruners.training.optimisation import (
+    autocast,
+    backward,
+    clip_and_step,
+    decayed,
+    distillation,
+    schedule_factor,
+    set_lr,
+)
 
 GATED = {"qk_dim": "query", "v_dim": "mixed", "neuron": "neuron"}
 """Kind of unit -> the slot its channels pass. Scaling q or k is the same, so k needs no gate."""
@@ -69,27 +78,14 @@ class CaitChannels(LearnedPruner):
     """
 
     units: tuple[str, ...] = ("qk_dim", "v_dim", "neuron")
-    budget: float = 0.5
-    decisions: int = 20
-    ramp: float = 0.65
-    ema: float = 0.9
-    distill: float = 0.5
-    least_dims: int = 8
-    least_neurons: float = 0.25
+    budget: float = option(0.5, above=0.0, below=1.0)
+    decisions: int = option(20, low=1)
+    ramp: float = option(0.65, low=0.05, high=1.0)
+    ema: float = option(0.9, low=0.0, high=1.0)
+    distill: float = option(0.5, low=0.0)
+    least_dims: int = option(8, low=1)
+    least_neurons: float = option(0.25, low=0.0, high=1.0)
     lr: float = 1e-4
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        ranges = {"ramp": (0.05, 1.0), "ema": (0.0, 1.0), "least_neurons": (0.0, 1.0)}
-        ranges |= dict.fromkeys(("decisions", "least_dims"), (1.0, math.inf))
-        ranges["distill"] = (0.0, math.inf)
-        for option, (least, most) in ranges.items():
-            if not least <= getattr(self, option) <= most:
-                raise ValueError(
-                    f"option {option} of {self.name} is {getattr(self, option)}; "
-                    f"give a number from {least:g} to {most:g}"
-                )
 
     @classmethod
     def kinds(cls) -> tuple[str, ...]:
@@ -118,7 +114,7 @@ class CaitChannels(LearnedPruner):
         return cost_of(self.shrink(shape, shares)).effective_macs
 
     def kept(self, shape: ViTShape, scores: Scores, thresholds: Thresholds) -> dict[str, Tensor]:
-        """Return site -> bool, like its scores: the channels that `cut` would keep."""
+        """Return site -> bool, [H, K] or [F]: the channels that `cut` would keep."""
         counts = self.sites(self.shrink(shape, thresholds))
         return {
             site: torch.zeros_like(s, dtype=torch.bool).scatter_(-1, highest(s, counts[site]), True)
@@ -128,16 +124,6 @@ class CaitChannels(LearnedPruner):
     def learner(self, vit: ViT, data: LearningData) -> CaitChannelsLearner:
         """Start with nothing masked."""
         return CaitChannelsLearner(self, vit)
-
-    def conclude(self, learner: Learner, data: LearningData) -> Learned:
-        """Return the importances that the last decision was made by."""
-        if not isinstance(learner, CaitChannelsLearner):
-            raise TypeError(f"learner is a {type(learner).__name__}; give a CaitChannelsLearner")
-        if not learner.frozen:  # a run of so few steps that none lies behind the ramp
-            learner.decide(self.decisions)
-        remove_gates(learner.vit)
-        weights = model_tensors(learner.vit)
-        return Learned(scores=learner.scores(), weights=weights, report=learner.report())
 
 
 class StraightThroughGate(Gate):
@@ -150,13 +136,17 @@ class StraightThroughGate(Gate):
     gone: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return 0 where masked, with slopes `value` in the activation and a in the value."""
+        """Return 0 where masked, with slopes `value` in the activation and a in the value.
+
+        Args:
+            x: [B, N, D], or [B, H, N, K] of queries.
+        """
         out = super().forward(x)
         # x - x is exactly 0, so that what is masked in the run is what surgery removes.
         return out if self.gone is None else out - out.detach() * self.gone
 
 
-class CaitChannelsLearner(Learner):
+class CaitChannelsLearner(UnitLearner):
     """Weights, importances and masks.
 
     Attributes:
@@ -180,14 +170,12 @@ class CaitChannelsLearner(Learner):
         super().__init__(vit, distils=method.distill > 0.0)
         self.method, self.shape = method, vit.shape()
         parameter = next(vit.parameters())
-        self.device = parameter.device
-        self.autocast = autocast_dtype("auto", self.device)
-        adam = torch.optim.AdamW(vit.parameters(), lr=method.lr, weight_decay=0.05)
+        adam = torch.optim.AdamW(decayed(vit.parameters(), 0.05), lr=method.lr)
         self.optimizers = {"weights": adam}
         self.sizes: dict[str, tuple[int, ...]] = {}
         self.gates: dict[str, StraightThroughGate] = {}
         for site, units in method.sites(self.shape).items():
-            index, kind = int(site.split(".")[1]), kind_of(site)
+            index, kind = block_of(site), kind_of(site)
             heads = self.shape.blocks[index].heads
             self.sizes[site] = (units,) if kind == "neuron" else (heads, units)
             self.gates[site] = _add_gate(vit.blocks[index], GATED[kind])
@@ -212,15 +200,19 @@ class CaitChannelsLearner(Learner):
         xi = self.set_gates(len(images))
         loss = self.loss(images, labels)
         optimizer = self.optimizers["weights"]
-        factor = schedule_factor(int(1000 * progress), 1000, 0.05)
-        optimizer.param_groups[0]["lr"] = method.lr * factor
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        set_lr(optimizer, method.lr * schedule_factor(int(1000 * progress), 1000, 0.05))
+        backward(loss, [optimizer])
         if xi.grad is not None:
             self.observe(xi.grad)
-        nn.utils.clip_grad_norm_(self.vit.parameters(), 1.0)
-        optimizer.step()
+        clip_and_step([optimizer], self.vit.parameters())
         return loss
+
+    def conclude(self, data: LearningData) -> Learned:
+        """Return the importances that the last decision was made by."""
+        if not self.frozen:  # a run of so few steps that none lies behind the ramp
+            self.decide(self.method.decisions)
+        remove_gates(self.vit)
+        return Learned(scores=self.scores(), weights=model_tensors(self.vit), report=self.report())
 
     def set_gates(self, batch: int) -> Tensor:
         """Hand xi and the masks to the gates; return xi, [B, C], ones that no frozen gate uses."""
@@ -234,7 +226,7 @@ class CaitChannelsLearner(Learner):
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return cross-entropy + distill * KL(teacher || student), means over the batch."""
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+        with autocast(self.device, self.autocast):
             logits = self.vit(images).float()
             targets = self.teach(images)
         loss = F.cross_entropy(logits, labels)

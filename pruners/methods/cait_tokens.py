@@ -25,8 +25,6 @@ from pruners.model.tokens import FrontReducer, TokenReducer, Tokens
 from pruners.model.types import Scores, Thresholds
 from pruners.model.vit import ViT
 
-MERGES = ("linear", "mean", "weighted")
-
 
 @dataclass(frozen=True, kw_only=True)
 class CaitTokens(TokenPruner):
@@ -43,13 +41,6 @@ class CaitTokens(TokenPruner):
     """
 
     merge: Literal["linear", "mean", "weighted"] = "linear"
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        if self.merge not in MERGES:
-            raise ValueError(
-                f"option merge of {self.name} is {self.merge!r}; give one of {list(MERGES)}"
-            )
 
     def sites(self, shape: ViTShape) -> dict[str, int]:
         """Return a site in front of each block, and the number of patches."""

@@ -33,11 +33,11 @@ class GreedyOBS(InverseFisher):
     """Optimal Brain Surgeon, one weight of every block at a time."""
 
     def scores(self, weights: Tensor) -> Tensor:
-        """Return the cumulative loss of the block when each weight leaves (algorithm 1)."""
+        """Return the cumulative loss of the block when each weight leaves, [d] (algorithm 1)."""
         return eliminate(self.blocks(weights), self.matrix).flatten()
 
     def update(self, weights: Tensor, keep: Tensor) -> Tensor:
-        """Return the minimum of the quadratic model with the removed weights at zero."""
+        """Return the minimum [d] of the quadratic model with the removed weights at zero."""
         return compensate(self.blocks(weights), self.matrix, self.blocks(keep)).flatten()
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pruners.families.options import option
 from pruners.families.token import TokenPruner, remove_reducers, token_shares
 from pruners.model.attention import Attended, attention_rows
 from pruners.model.shape import ViTShape
@@ -38,14 +39,7 @@ class EViT(TokenPruner):
     """
 
     fuse: bool = True
-    ramp_epochs: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        if self.ramp_epochs < 0:
-            raise ValueError(
-                f"option ramp_epochs of {self.name} is {self.ramp_epochs}; give at least 0"
-            )
+    ramp_epochs: int = option(0, low=0)
 
     def ramped(self, thresholds: Thresholds, epoch: int) -> Thresholds:
         """Return share * (1 - cos(pi * epoch / ramp_epochs)) / 2, and the share after the ramp."""

@@ -49,7 +49,11 @@ class SharedBlock(Curvature):
         self.fisher = part if self.fisher is None else self.fisher + part
 
     def check(self, site: str) -> None:
-        """Factorise, and refuse what float32 cannot."""
+        """Factorise, and refuse what float32 cannot.
+
+        Raises:
+            ValueError: That names the layer and what would mend it.
+        """
         if self.fisher is None:
             raise ValueError(f"{site} got no gradients; give at least one batch of images")
         mean = float(self.fisher.diagonal().mean())
@@ -65,11 +69,11 @@ class SharedBlock(Curvature):
         self.upper = torch.linalg.cholesky(inverse, upper=True).to(self.fisher.dtype)
 
     def scores(self, weights: Tensor) -> Tensor:
-        """Return w^2 / (2 U_jj^2), the loss of removing a weight when those to its left stay."""
+        """Return w^2 / (2 U_jj^2) [d], the loss of removing a weight while those before it stay."""
         return (0.5 * weights.view(-1, self.block) ** 2 / self.upper.diagonal() ** 2).flatten()
 
     def update(self, weights: Tensor, keep: Tensor) -> Tensor:
-        """Sweep the columns: the error of each is compensated by the columns to its right."""
+        """Sweep the columns: the error of each is compensated by the columns to its right; [d]."""
         w, kept = weights.view(-1, self.block).clone(), keep.view(-1, self.block)
         for column in range(self.block):
             error = w[:, column].masked_fill(kept[:, column], 0.0) / self.upper[column, column]

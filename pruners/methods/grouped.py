@@ -31,7 +31,7 @@ class Grouped(UnitPruner):
     criterion: str = "taylor"
 
     def __post_init__(self) -> None:
-        """Check the options."""
+        """Check also that the criterion is a method that scores weights."""
         super().__post_init__()
         method = load_method(self.criterion)
         if not isinstance(method, WeightPruner):

@@ -48,7 +48,11 @@ class MatrixFree(Curvature):
         self.gradients.append(gradients)
 
     def check(self, site: str) -> None:
-        """Factorise, and refuse what float32 cannot."""
+        """Factorise, and refuse what float32 cannot.
+
+        Raises:
+            ValueError: That names the layer and what would mend it.
+        """
         if not self.gradients:
             raise ValueError(f"{site} got no gradients; give at least one batch of images")
         g = torch.cat(self.gradients)
@@ -76,10 +80,10 @@ class MatrixFree(Curvature):
         return ((x - self.half.transpose(1, 2) @ (self.half @ x)) / self.scale).flatten()
 
     def scores(self, weights: Tensor) -> Tensor:
-        """Return w_i^2 / (2 F^-1_ii)."""
+        """Return w_i^2 / (2 F^-1_ii) of the weights [d], [d]."""
         return 0.5 * weights**2 / self.diagonal()
 
     def update(self, weights: Tensor, keep: Tensor) -> Tensor:
-        """Add -F^-1 (w_P / diag(F^-1)_P), P the removed weights, which become zero."""
+        """Add -F^-1 (w_P / diag(F^-1)_P), P the removed ones of [d], which become zero."""
         removed = (weights / self.diagonal()).masked_fill(keep, 0.0)
         return (weights - self.product(removed)) * keep

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from pruners.families.options import LARGEST_SEED, option
 from pruners.families.weight import WeightPruner
 from pruners.model.types import Batches, Scores
 from pruners.model.vit import ViT
@@ -27,18 +28,8 @@ class OBD(WeightPruner):
     """
 
     hessian: Literal["gauss_newton", "hutchinson"] = "gauss_newton"
-    probes: int = 4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        if self.hessian not in ("gauss_newton", "hutchinson"):
-            raise ValueError(
-                f"option hessian of obd is {self.hessian!r}; give 'gauss_newton' or 'hutchinson'"
-            )
-        if self.probes < 1:
-            raise ValueError(f"option probes of obd is {self.probes}; give at least 1")
+    probes: int = option(4, low=1)
+    seed: int = option(0, low=0, high=LARGEST_SEED)
 
     def score(self, vit: ViT, batches: Batches) -> Scores:
         """Return the saliency of each weight."""

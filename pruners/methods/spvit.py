@@ -33,8 +33,9 @@ from pruners.model.types import Thresholds
 from pruners.model.vit import ViT
 from pruners.plan import Step
 from pruners.training.evaluation import evaluate
-from pruners.training.fine_tune import FineTuner, Recipe
+from pruners.training.fine_tune import FineTuner
 from pruners.training.learner import LearningData
+from pruners.training.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)

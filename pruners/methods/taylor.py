@@ -10,6 +10,7 @@ from itertools import islice
 
 import torch
 
+from pruners.families.options import option
 from pruners.families.weight import WeightPruner
 from pruners.model.types import Batches, Scores
 from pruners.model.vit import ViT
@@ -27,16 +28,14 @@ class Taylor(WeightPruner):
         num_batches: Mini-batches to average over.
     """
 
-    num_batches: int = 8
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        if self.num_batches < 1:
-            raise ValueError(f"option num_batches of taylor is {self.num_batches}; give at least 1")
+    num_batches: int = option(8, low=1)
 
     def score(self, vit: ViT, batches: Batches) -> Scores:
-        """Return the saliency of each weight."""
+        """Return the saliency of each weight.
+
+        Raises:
+            ValueError: If there are no batches.
+        """
         layers = dict(vit.linears())
         totals = {k: torch.zeros_like(v.weight, dtype=torch.float32) for k, v in layers.items()}
         seen = 0

@@ -17,6 +17,7 @@ from pruners.families.token import TokenPruner, token_shares
 from pruners.model.attention import Attended
 from pruners.model.cost import cost_of
 from pruners.model.shape import ViTShape
+from pruners.model.sites import block_of
 from pruners.model.tokens import MiddleReducer, TokenReducer, Tokens, split_by_score, take_tokens
 from pruners.model.types import Scores, Thresholds
 
@@ -48,7 +49,7 @@ class ToMe(TokenPruner):
 
     def allocate(self, shape: ViTShape, scores: Scores, macs: float) -> Thresholds:
         """Merge the same number of patches in every block, as in the paper, to one patch."""
-        blocks = [int(site.split(".")[1]) for site in self.sites(shape)]
+        blocks = [block_of(site) for site in self.sites(shape)]
 
         def shares(total: int) -> dict[str, float]:
             found, patches = {}, shape.patches

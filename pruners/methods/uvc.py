@@ -25,14 +25,14 @@ the budget. The paper trains for 30 epochs of ImageNet; so that runs of 60 to 10
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruners.families.learned import Learned, LearnedPruner, model_tensors
+from pruners.families.learned import Learned, LearnedPruner, UnitLearner, model_tensors
+from pruners.families.options import option
 from pruners.model.cost import cost_of
 from pruners.model.gates import add_gates, hard, remove_gates
 from pruners.model.relaxed import CompressedBlock
@@ -40,8 +40,16 @@ from pruners.model.shape import ViTShape
 from pruners.model.sites import block_site, ragged_site
 from pruners.model.types import Scores
 from pruners.model.vit import ViT
-from pruners.training.learner import Learner, LearningData
-from pruners.training.optimisation import autocast_dtype, distillation, schedule_factor
+from pruners.training.learner import LearningData
+from pruners.training.optimisation import (
+    autocast,
+    backward,
+    clip_and_step,
+    decayed,
+    distilled_loss,
+    schedule_factor,
+    set_lr,
+)
 
 GUMBEL_TEMPERATURE = 0.5
 GATE_CLIP = 0.1
@@ -75,31 +83,23 @@ class UVC(LearnedPruner):
     whole_kinds = ("ragged_v_dim",)
 
     units: tuple[str, ...] = ("ragged_v_dim", "neuron", "block")
-    budget: float = 0.5
-    distill: float = 0.5
-    temperature: float = 1.0
-    masked: float = 0.5
-    gates_from: float = 0.15
-    coarse_until: float = 0.3
-    width_lr: float = 4.0
-    gate_lr: float = 60.0
-    dual_lr: float = 4.0
-    price_lr: float = 16.0
-    damping: float = 4.0
-    gate_price: float = 2.0
-    prox_lr: float = 20.0
+    budget: float = option(0.5, above=0.0, below=1.0)
+    distill: float = option(0.5, low=0.0, high=1.0)
+    temperature: float = option(1.0, low=0.1)
+    masked: float = option(0.5, low=0.0, high=1.0)
+    gates_from: float = option(0.15, low=0.0)
+    coarse_until: float = option(0.3, low=0.0)
+    width_lr: float = option(4.0, low=0.0)
+    gate_lr: float = option(60.0, low=0.0)
+    dual_lr: float = option(4.0, low=0.0)
+    price_lr: float = option(16.0, low=0.0)
+    damping: float = option(4.0, low=0.0)
+    gate_price: float = option(2.0, low=0.0)
+    prox_lr: float = option(20.0, low=0.0)
 
     def __post_init__(self) -> None:
-        """Check the options."""
+        """Check also that the phases of the run follow on each other."""
         super().__post_init__()
-        for option in (f.name for f in fields(UVC) if isinstance(f.default, float)):
-            least = 0.1 if option == "temperature" else 0.0
-            most = 1.0 if option in ("distill", "masked") else math.inf
-            if not least <= getattr(self, option) <= most:
-                raise ValueError(
-                    f"option {option} of {self.name} is {getattr(self, option)}; "
-                    f"give a number from {least:g} to {most:g}"
-                )
         if not self.gates_from <= self.coarse_until <= 1.0 - self.masked:
             raise ValueError(
                 f"option coarse_until of {self.name} is {self.coarse_until}; give "
@@ -115,19 +115,8 @@ class UVC(LearnedPruner):
         """Start with everything kept."""
         return UVCLearner(self, vit, self.epochs * data.steps)
 
-    def conclude(self, learner: Learner, data: LearningData) -> Learned:
-        """Return by how far each unit's rank lies above what goes, and where savings come from."""
-        if not isinstance(learner, UVCLearner):
-            raise TypeError(f"learner is a {type(learner).__name__}; give a UVCLearner")
-        margins = learner.margins()
-        learner.unwrap()
-        return Learned(
-            scores=margins,
-            weights=model_tensors(learner.vit),
-            report=self._report(learner.shape, margins),
-        )
-
-    def _report(self, shape: ViTShape, margins: Scores) -> dict[str, float]:
+    def savings(self, shape: ViTShape, margins: Scores) -> dict[str, float]:
+        """Return what is left of the dense costs without what lies below 0, and where it went."""
         shares = {site: (margin < 0.0).double().mean().item() for site, margin in margins.items()}
         skips = {s: share for s, share in shares.items() if s.endswith("block") and share == 1.0}
         dense, cut = cost_of(shape), cost_of(self.shrink(shape, shares))
@@ -142,7 +131,7 @@ class UVC(LearnedPruner):
         }
 
 
-class UVCLearner(Learner):
+class UVCLearner(UnitLearner):
     """The primal-dual run.
 
     Attributes:
@@ -157,8 +146,6 @@ class UVCLearner(Learner):
         """Wrap the blocks. `steps` is the length of the run."""
         super().__init__(vit, distils=method.distill > 0.0)
         self.method, self.shape, self.steps = method, vit.shape(), max(1, steps)
-        self.device = next(vit.parameters()).device
-        self.autocast = autocast_dtype("auto", self.device)
         self._slots, weights = add_gates(vit, "mixed", "neuron"), list(vit.parameters())
         self.blocks = [CompressedBlock(block) for block in vit.blocks]
         vit.vit.blocks = nn.Sequential(*self.blocks)
@@ -178,7 +165,7 @@ class UVCLearner(Learner):
         self._costs = [cost * len(self.blocks) for cost in costs]  # of one block's
         widths = self._fractions or [nn.Parameter(torch.zeros(0))]
         self.optimizers = {
-            "weights": torch.optim.AdamW(weights, lr=method.lr, weight_decay=0.05),
+            "weights": torch.optim.AdamW(decayed(weights, 0.05), lr=method.lr),
             "widths": torch.optim.SGD(widths, lr=method.width_lr / self.steps),
             "gates": torch.optim.SGD(
                 [self.gates], lr=method.gate_lr / self.steps, momentum=0.9, weight_decay=1e-4
@@ -193,18 +180,22 @@ class UVCLearner(Learner):
         loss = self.loss(images, labels)
         factor = schedule_factor(int(1000 * progress), 1000, 0.05)
         weights = self.optimizers["weights"]
-        weights.param_groups[0]["lr"] = self.method.lr * factor
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.vit.parameters(), 1.0)
-        weights.step()
+        set_lr(weights, self.method.lr * factor)
+        backward(loss, self.optimizers.values())
+        clip_and_step([weights], self.vit.parameters())
         if progress < search:
             for block in self.blocks:
                 block.shrink(self.method.prox_lr * factor / self.steps)
             self.move(progress, gating)
             self.ascend(self.method.price_lr * (1 + 4 * int(5 * progress / search)))
         return loss
+
+    def conclude(self, data: LearningData) -> Learned:
+        """Return by how far each unit's rank lies above what goes, and where savings come from."""
+        margins = self.margins()
+        self.unwrap()
+        report = self.method.savings(self.shape, margins)
+        return Learned(scores=margins, weights=model_tensors(self.vit), report=report)
 
     def prepare(self, *, gating: bool, masked: bool) -> None:
         """Set gates and masks for a forward pass."""
@@ -219,14 +210,12 @@ class UVCLearner(Learner):
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return (1 - distill) * cross-entropy + distill * T^2 * KL(teacher || student)."""
         method = self.method
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+        with autocast(self.device, self.autocast):
             logits = self.vit.vit(images).float()
             targets = self.teach(images)
-        loss = F.cross_entropy(logits, labels)
-        if targets is None:
-            return loss
-        divergence = distillation(logits, targets, method.temperature)
-        return (1.0 - method.distill) * loss + method.distill * divergence
+        return distilled_loss(
+            logits, labels, targets, distill=method.distill, temperature=method.temperature
+        )
 
     def opened(self) -> Tensor:
         """Return 0 or 1 for each block, [L]; the slope is that of softmax(gt)."""

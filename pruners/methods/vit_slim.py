@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruners.families.allocation import out_of_reach, smallest
-from pruners.families.learned import Learned, LearnedPruner, model_tensors
+from pruners.families.learned import Learned, LearnedPruner, UnitLearner, model_tensors
+from pruners.families.options import option
 from pruners.families.token import put_reducers
 from pruners.model.cost import cost_of
 from pruners.model.gates import add_gates, fold_gates, remove_gates
@@ -32,8 +33,8 @@ from pruners.model.sites import kind_of, ragged_site
 from pruners.model.tokens import KeepPatches
 from pruners.model.types import Scores, Thresholds
 from pruners.model.vit import ViT
-from pruners.training.learner import Learner, LearningData
-from pruners.training.optimisation import autocast_dtype
+from pruners.training.learner import LearningData
+from pruners.training.optimisation import autocast, backward, clip_and_step, decayed
 
 PATCH_START = 3.0
 """Where the masks of patches start; they act through tanh, and tanh 3 = 0.995."""
@@ -63,22 +64,11 @@ class ViTSlim(LearnedPruner):
     """
 
     units: tuple[str, ...] = ("ragged_dim", "neuron")
-    attn_l1: float = 2e-3
-    mlp_l1: float = 5e-4
-    patch_l1: float = 1e-3
-    travel: float = 4.0
+    attn_l1: float = option(2e-3, low=0.0)
+    mlp_l1: float = option(5e-4, low=0.0)
+    patch_l1: float = option(1e-3, low=0.0)
+    travel: float = option(4.0, above=0.0)
     lr: float = 2e-4
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        for name in ("attn_l1", "mlp_l1", "patch_l1"):
-            if getattr(self, name) < 0.0:
-                raise ValueError(
-                    f"option {name} of {self.name} is {getattr(self, name)}; give at least 0"
-                )
-        if not self.travel > 0.0:
-            raise ValueError(f"option travel of {self.name} is {self.travel}; give more than 0")
 
     @classmethod
     def kinds(cls) -> tuple[str, ...]:
@@ -166,18 +156,8 @@ class ViTSlim(LearnedPruner):
         """Start with masks of ones, and of tanh 3 on patches."""
         return ViTSlimLearner(self, vit, data.steps * self.epochs)
 
-    def conclude(self, learner: Learner, data: LearningData) -> Learned:
-        """Fold the masks into the weights; the masks are the scores."""
-        if not isinstance(learner, ViTSlimLearner):
-            raise TypeError(f"learner is a {type(learner).__name__}; give a ViTSlimLearner")
-        scores = learner.scores()
-        spread = torch.cat([s.flatten() for s in scores.values()])
-        learner.fold()
-        report = {"mask_mean": spread.mean().item(), "mask_std": spread.std().item()}
-        return Learned(scores=scores, weights=model_tensors(learner.vit), report=report)
 
-
-class ViTSlimLearner(Learner):
+class ViTSlimLearner(UnitLearner):
     """Weights and masks, trained together.
 
     Attributes:
@@ -190,8 +170,7 @@ class ViTSlimLearner(Learner):
         """Put gates on what the method's kinds of units are."""
         super().__init__(vit)
         self.method, self.shape = method, vit.shape()
-        device = next(vit.parameters()).device
-        self.autocast = autocast_dtype("auto", device)
+        device = self.device
         slots = ["mixed"] if self.shape.qk_norm else ["query", "key", "mixed"]
         if "neuron" in method.units:
             slots.append("neuron")
@@ -211,23 +190,27 @@ class ViTSlimLearner(Learner):
                 self.patches[str(index)] = nn.Parameter(start)
         masks = [*self.dims.values(), *self.neurons.values(), *self.patches.values()]
         self.optimizers = {
-            "weights": torch.optim.AdamW(vit.parameters(), lr=method.lr, weight_decay=1e-3),
+            "weights": torch.optim.AdamW(decayed(vit.parameters(), 1e-3), lr=method.lr),
             "masks": torch.optim.AdamW(masks, lr=method.travel / steps, weight_decay=0.0),
         }
 
     def step(self, images: Tensor, labels: Tensor, progress: float) -> Tensor:
         """Train weights and masks."""
         self.set_gates()
-        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
+        with autocast(self.device, self.autocast):
             logits = self.vit(images).float()
         loss = F.cross_entropy(logits, labels) + self.penalty()
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.vit.parameters(), 1.0)
-        for optimizer in self.optimizers.values():
-            optimizer.step()
+        backward(loss, self.optimizers.values())
+        clip_and_step(self.optimizers.values(), self.vit.parameters())
         return loss
+
+    def conclude(self, data: LearningData) -> Learned:
+        """Fold the masks into the weights; the masks are the scores."""
+        scores = self.scores()
+        spread = torch.cat([s.flatten() for s in scores.values()])
+        self.fold()
+        report = {"mask_mean": spread.mean().item(), "mask_std": spread.std().item()}
+        return Learned(scores=scores, weights=model_tensors(self.vit), report=report)
 
     def penalty(self) -> Tensor:
         """Return the L1 terms of the loss."""

@@ -22,16 +22,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruners.families.learned import Learned, LearnedPruner, model_tensors
+from pruners.families.learned import Learned, LearnedPruner, UnitLearner, model_tensors
+from pruners.families.options import option
 from pruners.model.exits import Exit
-from pruners.model.gates import add_gates, hard, remaining_weights, remove_gates
+from pruners.model.gates import add_gates, remaining_weights, remove_gates
+from pruners.model.rank_masks import kept_fraction, rank_mask, ranks
 from pruners.model.shape import ViTShape
-from pruners.model.sites import kind_of
+from pruners.model.sites import block_of, kind_of
 from pruners.model.tokens import Tokens
 from pruners.model.types import Batches, Scores, Thresholds
 from pruners.model.vit import ViT
-from pruners.training.learner import Learner, LearningData
-from pruners.training.optimisation import autocast_dtype, schedule_factor
+from pruners.training.learner import LearningData
+from pruners.training.optimisation import (
+    autocast,
+    backward,
+    clip_and_step,
+    decayed,
+    schedule_factor,
+)
 
 GATES = {
     "head": ("query", "key", "mixed"),
@@ -73,15 +81,15 @@ class WDPruning(LearnedPruner):
 
     units: tuple[str, ...] = ("head", "neuron", "attn_out", "mlp_out", "block")
     lr: float = 2e-4
-    budget: float = 0.5
-    exits: tuple[int, ...] = ()
-    max_drop: float = 1.0
-    exit_lr: float = 2e-3
-    threshold_lr: float = 50.0
-    multiplier_lr: float = 1e7
+    budget: float = option(0.5, above=0.0, below=1.0)
+    exits: tuple[int, ...] = option((), low=1)
+    max_drop: float = option(1.0, low=0.0)
+    exit_lr: float = option(2e-3, low=0.0)
+    threshold_lr: float = option(50.0, low=0.0)
+    multiplier_lr: float = option(1e7, low=0.0)
 
     def __post_init__(self) -> None:
-        """Check the options."""
+        """Check also that the kinds of units and the exits fit together."""
         super().__post_init__()
         if self.units == ("block",):
             raise ValueError(f"option units of {self.name} is ['block']; give a kind of width too")
@@ -90,11 +98,6 @@ class WDPruning(LearnedPruner):
                 f"option exits of {self.name} is {list(self.exits)}, but units lacks 'block'; "
                 "give both or neither"
             )
-        for option in ("max_drop", "exit_lr", "threshold_lr", "multiplier_lr"):
-            if not getattr(self, option) >= 0.0:
-                raise ValueError(
-                    f"option {option} of {self.name} is {getattr(self, option)}; give at least 0"
-                )
 
     @classmethod
     def kinds(cls) -> tuple[str, ...]:
@@ -104,26 +107,6 @@ class WDPruning(LearnedPruner):
     def learner(self, vit: ViT, data: LearningData) -> WDPruningLearner:
         """Start with all units kept and untrained exits."""
         return WDPruningLearner(self, vit, data.steps * self.total_epochs())
-
-    def conclude(self, learner: Learner, data: LearningData) -> Learned:
-        """Choose the depth on the validation images; return margins and all weights."""
-        assert isinstance(learner, WDPruningLearner)
-        top1 = learner.top1(data.val())
-        depth = max(top1)
-        kept = min(count for count in top1 if top1[count] >= top1[depth] - self.max_drop)
-        report = {
-            "remaining_params": learner.remaining().item(),
-            "kept_blocks": float(kept),
-            "val_top1": top1.pop(depth),
-        } | {f"val_top1_exit_{count}": value for count, value in top1.items()}
-        remove_gates(learner.vit)
-        exits = {f"exits.{name}": t.cpu().clone() for name, t in learner.exits.state_dict().items()}
-        margins = learner.margins() | {
-            site: torch.tensor([(kept - _block_of(site) - 0.5) / depth])
-            for site in self.sites(learner.shape)
-            if kind_of(site) == "block"
-        }
-        return Learned(scores=margins, weights=model_tensors(learner.vit) | exits, report=report)
 
     def cut_learned(self, vit: ViT, learned: Learned, thresholds: Thresholds) -> None:
         """Take over the learned weights and cut; an exit that becomes the end classifies."""
@@ -136,7 +119,7 @@ class WDPruning(LearnedPruner):
         super().cut_learned(vit, Learned(scores=learned.scores, weights=tensors), thresholds)
 
 
-class WDPruningLearner(Learner):
+class WDPruningLearner(UnitLearner):
     """Width and depth in one run.
 
     Attributes:
@@ -155,8 +138,6 @@ class WDPruningLearner(Learner):
         """Put gates on the rows of all four linear layers, and exits behind blocks."""
         super().__init__(vit)
         self.method, self.shape, self.steps = method, vit.shape(), steps
-        self.device = next(vit.parameters()).device
-        self.autocast = autocast_dtype("auto", self.device)
         sites = method.sites(self.shape).items()
         self.sites = {site: units for site, units in sites if kind_of(site) != "block"}
         self.slots = add_gates(vit, *(slot for slots in GATES.values() for slot in slots))
@@ -168,42 +149,50 @@ class WDPruningLearner(Learner):
         self.exits = nn.ModuleDict({str(n): Exit(vit.vit) for n in _exits(method, self.shape)})
         self.to(self.device)
         weights = [
-            {"params": list(vit.parameters()), "peak": method.lr},
-            {"params": list(self.exits.parameters()), "peak": method.exit_lr},
+            *decayed(vit.parameters(), 0.05, peak=method.lr),
+            *decayed(self.exits.parameters(), 0.05, peak=method.exit_lr),
         ]
         gates = [
             {"params": [self.scores], "peak": SCORE_LR},
-            {
-                "params": [self.thresholds],
-                "peak": method.threshold_lr / steps,
-                "betas": (0.0, 0.9),
-            },
+            {"params": [self.thresholds], "peak": method.threshold_lr / steps, "betas": (0.0, 0.9)},
         ]
-        self.optimizers = {
-            "weights": torch.optim.AdamW(weights, weight_decay=0.05),
-            "gates": torch.optim.AdamW(gates, weight_decay=0.0),
-        }
+        adam = torch.optim.AdamW
+        self.optimizers = {"weights": adam(weights), "gates": adam(gates, weight_decay=0.0)}
 
     def step(self, images: Tensor, labels: Tensor, progress: float) -> Tensor:
         """Train weights, exits, scores and thresholds; ascend the multipliers."""
-        groups = [group for o in self.optimizers.values() for group in o.param_groups]
-        for group in groups:
+        for group in (g for o in self.optimizers.values() for g in o.param_groups):
             group["lr"] = group["peak"] * schedule_factor(int(1000 * progress), 1000, 0.05)
-        self.zero_grad(set_to_none=True)
         self.mask()
         remaining = self.remaining()
         loss = self.task_loss(images, labels) + self.budget_loss(remaining)
-        loss.backward()
-        for module in (self.vit, *self.exits.values()):
-            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        nn.utils.clip_grad_norm_([self.thresholds], 1.0)
+        backward(loss, self.optimizers.values())
         before = self.thresholds.detach().clone()
-        for optimizer in self.optimizers.values():
-            optimizer.step()
+        networks = [module.parameters() for module in (self.vit, *self.exits.values())]
+        clip_and_step(self.optimizers.values(), *networks, [self.thresholds])
         if remaining > self.method.budget:
             self.shorten(before)
         self.ascend(remaining)
         return loss
+
+    def conclude(self, data: LearningData) -> Learned:
+        """Choose the depth on the validation images; return margins and all weights."""
+        method, top1 = self.method, self.top1(data.val())
+        depth = max(top1)
+        kept = min(count for count in top1 if top1[count] >= top1[depth] - method.max_drop)
+        report = {
+            "remaining_params": self.remaining().item(),
+            "kept_blocks": float(kept),
+            "val_top1": top1.pop(depth),
+        } | {f"val_top1_exit_{count}": value for count, value in top1.items()}
+        remove_gates(self.vit)
+        exits = {f"exits.{name}": t.cpu().clone() for name, t in self.exits.state_dict().items()}
+        margins = self.margins() | {
+            site: torch.tensor([(kept - block_of(site) - 0.5) / depth])
+            for site in method.sites(self.shape)
+            if kind_of(site) == "block"
+        }
+        return Learned(scores=margins, weights=model_tensors(self.vit) | exits, report=report)
 
     @torch.no_grad()
     def shorten(self, before: Tensor) -> None:
@@ -228,7 +217,7 @@ class WDPruningLearner(Learner):
     def mask(self) -> None:
         """Set the gates to the masks of the present scores and thresholds."""
         for site, scores, threshold, ties in self.by_site():
-            mask, index = keep_highest(scores, threshold, ties), _block_of(site)
+            mask, index = rank_mask(scores, threshold, ties), block_of(site)
             for slot in GATES[kind_of(site)]:
                 value = mask
                 if slot in ("query", "key"):
@@ -239,10 +228,8 @@ class WDPruningLearner(Learner):
 
     def remaining(self) -> Tensor:
         """Return E, the share of the blocks' weights that is left; differentiable."""
-        sites = self.by_site()
-        return remaining_weights(
-            self.shape, {site: kept_fraction(beta, len(scores)) for site, scores, beta, _ in sites}
-        )
+        left = {site: kept_fraction(beta, len(s)) for site, s, beta, _ in self.by_site()}
+        return remaining_weights(self.shape, left)
 
     def budget_loss(self, remaining: Tensor) -> Tensor:
         """Return lam1 * gap + lam2 * gap^2 with gap = max(E - budget, 0)."""
@@ -258,10 +245,9 @@ class WDPruningLearner(Learner):
 
     def task_loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return the sum of the cross-entropies of the model and of all exits."""
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+        with autocast(self.device, self.autocast):
             logits = self.logits(images)
-        losses = [F.cross_entropy(each.float(), labels) for each in logits.values()]
-        return torch.stack(losses).sum()
+        return torch.stack([F.cross_entropy(x.float(), labels) for x in logits.values()]).sum()
 
     def logits(self, images: Tensor) -> dict[int, Tensor]:
         """Return number of blocks -> logits [B, classes] of its exit, or of the model itself."""
@@ -275,7 +261,11 @@ class WDPruningLearner(Learner):
 
     @torch.no_grad()
     def top1(self, batches: Batches) -> dict[int, float]:
-        """Return number of blocks -> percent of the images that are classified rightly."""
+        """Return number of blocks -> percent of the images that are classified rightly.
+
+        Raises:
+            ValueError: If there are no images.
+        """
         self.eval()
         self.mask()
         hits: dict[int, list[Tensor]] = {}
@@ -297,36 +287,6 @@ class WDPruningLearner(Learner):
             site: (ranks(scores, ties) + 0.5) / len(scores) - 1.0 + kept_fraction(beta, len(scores))
             for site, scores, beta, ties in self.by_site()
         }
-
-
-def keep_highest(scores: Tensor, threshold: Tensor, ties: Tensor) -> Tensor:
-    """Return a mask [n]: 1 for the `kept_count` highest scores [n], else 0.
-
-    With G = dL/dmask the gradients are dL/dscores = G, of masked units too, so that they can come
-    back, and dL/dthreshold = sum of G over the kept units, without the sigmoid's derivative.
-    """
-    cut = len(scores) - kept_count(threshold, len(scores))
-    mask = (ranks(scores, ties) >= cut).to(scores.dtype)
-    return mask + (scores - scores.detach()) + mask * (threshold - threshold.detach())
-
-
-def ranks(scores: Tensor, ties: Tensor) -> Tensor:
-    """Return the rank of each score [n], 0 for the lowest; equal ones in the order `ties` [n]."""
-    return ties[torch.argsort(scores.detach()[ties], stable=True)].argsort()
-
-
-def kept_count(threshold: Tensor, units: int) -> Tensor:
-    """Return ceil(sigmoid(threshold) * units), at least 1."""
-    return (threshold.detach().sigmoid() * units).ceil().clamp(min=1.0)
-
-
-def kept_fraction(threshold: Tensor, units: int) -> Tensor:
-    """Return `kept_count` / units, with the gradient of max(sigmoid(threshold), 1 / units)."""
-    return hard(threshold.sigmoid().clamp(min=1.0 / units), kept_count(threshold, units) / units)
-
-
-def _block_of(site: str) -> int:
-    return int(site.split(".")[1])
 
 
 def _exits(method: WDPruning, shape: ViTShape) -> list[int]:

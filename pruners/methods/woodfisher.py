@@ -30,12 +30,12 @@ class SimultaneousOBS(InverseFisher):
     """Optimal Brain Surgeon for single weights, applied to all removed weights at once."""
 
     def scores(self, weights: Tensor) -> Tensor:
-        """Return w_i^2 / (2 F^-1_ii) (eq. 4)."""
+        """Return w_i^2 / (2 F^-1_ii) of the weights [d], [d] (eq. 4)."""
         diagonal = self.matrix.diagonal(dim1=1, dim2=2)
         return (0.5 * self.blocks(weights) ** 2 / diagonal).flatten()
 
     def update(self, weights: Tensor, keep: Tensor) -> Tensor:
-        """Add -F^-1 (w_P / diag(F^-1)_P), P the removed weights, which become zero (eq. 5)."""
+        """Add -F^-1 (w_P / diag(F^-1)_P), P the removed ones of [d], which become zero (eq. 5)."""
         w, kept = self.blocks(weights), self.blocks(keep)
         diagonal = self.matrix.diagonal(dim1=1, dim2=2)
         removed = (w / diagonal).masked_fill(kept, 0.0)  # [R, B]

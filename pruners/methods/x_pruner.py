@@ -18,13 +18,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pruners.families.learned import Learned, LearnedPruner, model_tensors, standardised
+from pruners.families.learned import (
+    Learned,
+    LearnedPruner,
+    UnitLearner,
+    model_tensors,
+    standardised,
+)
+from pruners.families.options import option
+from pruners.model.class_masks import mean_square, unevenness
 from pruners.model.cost import cost_of
 from pruners.model.gates import add_gates, hard, linear_macs, remove_gates
+from pruners.model.sites import block_of
 from pruners.model.types import Scores
 from pruners.model.vit import ViT
-from pruners.training.learner import Learner, LearningData
-from pruners.training.optimisation import autocast_dtype, schedule_factor
+from pruners.training.learner import LearningData
+from pruners.training.optimisation import (
+    autocast,
+    backward,
+    clip_and_step,
+    decayed,
+    schedule_factor,
+    set_lr,
+)
 
 SLOPE = 10.0
 """Slope n of the tanh step between kept and cut (eq. 9)."""
@@ -55,34 +71,16 @@ class XPruner(LearnedPruner):
         smooth_over: What is even: neighbouring "units" of a class, or neighbouring "classes".
     """
 
-    budget: float = 0.5
+    budget: float = option(0.5, above=0.0, below=1.0)
     thresholds: Literal["learned", "global"] = "learned"
-    classes: tuple[int, ...] = ()
-    mask_epochs: int = 2
-    mask_lr: float = 1e-2
-    threshold_lr: float = 2e-2
-    multiplier_lr: tuple[float, float] = (10.0, 0.1)
-    sparsity: float = 1e-2
-    smoothness: float = 1e-3
+    classes: tuple[int, ...] = option((), low=0)
+    mask_epochs: int = option(2, low=1)
+    mask_lr: float = option(1e-2, low=0.0)
+    threshold_lr: float = option(2e-2, low=0.0)
+    multiplier_lr: tuple[float, float] = option((10.0, 0.1), low=0.0)
+    sparsity: float = option(1e-2, low=0.0)
+    smoothness: float = option(1e-3, low=0.0)
     smooth_over: Literal["units", "classes"] = "units"
-
-    def __post_init__(self) -> None:
-        """Check the options."""
-        super().__post_init__()
-        if self.thresholds not in ("learned", "global"):
-            raise ValueError(
-                f"option thresholds of {self.name} is {self.thresholds!r}; "
-                "give 'learned' or 'global'"
-            )
-        if self.smooth_over not in ("units", "classes"):
-            raise ValueError(
-                f"option smooth_over of {self.name} is {self.smooth_over!r}; "
-                "give 'units' or 'classes'"
-            )
-        if self.mask_epochs < 1:
-            raise ValueError(
-                f"option mask_epochs of {self.name} is {self.mask_epochs}; give at least 1"
-            )
 
     @classmethod
     def kinds(cls) -> tuple[str, ...]:
@@ -101,29 +99,8 @@ class XPruner(LearnedPruner):
         """Start with masks of ones and thresholds below every score."""
         return XPrunerLearner(self, vit)
 
-    def conclude(self, learner: Learner, data: LearningData) -> Learned:
-        """Return how far each unit's score lies above its site's threshold."""
-        if not isinstance(learner, XPrunerLearner):
-            raise TypeError(f"learner is a {type(learner).__name__}; give an XPrunerLearner")
-        remove_gates(learner.vit)
-        if self.thresholds == "global":
-            ranked = ranked_together(learner.importance(), learner.masks_per_unit)
-            return Learned(scores=ranked, by_class=learner.masks_by_class())
-        margins = {
-            site: learner.standard[site] - learner.thresholds[i]
-            for i, site in enumerate(learner.sites)
-        }
-        removed = learner.removed_macs(learner.gate_values())
-        report = {"budget_reached": 1.0 - removed.item()}
-        return Learned(
-            scores=margins,
-            weights=model_tensors(learner.vit),
-            by_class=learner.masks_by_class(),
-            report=report,
-        )
 
-
-class XPrunerLearner(Learner):
+class XPrunerLearner(UnitLearner):
     """Both stages.
 
     Attributes:
@@ -137,11 +114,13 @@ class XPrunerLearner(Learner):
     multipliers: Tensor
 
     def __init__(self, method: XPruner, vit: ViT) -> None:
-        """Put gates behind attention and behind the MLP's activation."""
+        """Put gates behind attention and behind the MLP's activation.
+
+        Raises:
+            ValueError: If the option `classes` names a class that does not exist.
+        """
         super().__init__(vit)
         self.method, self.shape = method, vit.shape()
-        self.device = next(vit.parameters()).device
-        self.autocast = autocast_dtype("auto", self.device)
         classes = self.shape.classes
         if wrong := [c for c in method.classes if not 0 <= c < classes]:
             raise ValueError(
@@ -150,7 +129,7 @@ class XPrunerLearner(Learner):
         self.sites = list(method.sites(self.shape))
         gates = add_gates(vit, "mixed", "neuron")
         self._gates = [
-            gates[int(site.split(".")[1])]["mixed" if site.endswith("head") else "neuron"]
+            gates[block_of(site)]["mixed" if site.endswith("head") else "neuron"]
             for site in self.sites
         ]
         self.masks_per_unit = {site: self._width(site) for site in self.sites}
@@ -166,7 +145,7 @@ class XPrunerLearner(Learner):
         self._macs = torch.stack([self._site_macs(site) for site in self.sites]) / dense
         self.optimizers = {
             "masks": torch.optim.AdamW(self.masks, lr=method.mask_lr, weight_decay=0.0),
-            "weights": torch.optim.AdamW(vit.parameters(), lr=method.lr, weight_decay=0.05),
+            "weights": torch.optim.AdamW(decayed(vit.parameters(), 0.05), lr=method.lr),
             "thresholds": torch.optim.AdamW(
                 [self.thresholds], lr=method.threshold_lr, weight_decay=0.0
             ),
@@ -190,6 +169,23 @@ class XPrunerLearner(Learner):
         if self.standard:
             return self._train_thresholds(images, labels, progress)
         return self._train_masks(images, labels)
+
+    def conclude(self, data: LearningData) -> Learned:
+        """Return how far each unit's score lies above its site's threshold."""
+        remove_gates(self.vit)
+        if self.method.thresholds == "global":
+            ranked = ranked_together(self.importance(), self.masks_per_unit)
+            return Learned(scores=ranked, by_class=self.masks_by_class())
+        margins = {
+            site: self.standard[site] - self.thresholds[i] for i, site in enumerate(self.sites)
+        }
+        removed = self.removed_macs(self.gate_values())
+        return Learned(
+            scores=margins,
+            weights=model_tensors(self.vit),
+            by_class=self.masks_by_class(),
+            report={"budget_reached": 1.0 - removed.item()},
+        )
 
     def importance(self) -> Scores:
         """Return site -> |sum over classes (and a head's dims) of the masks|, per unit."""
@@ -241,11 +237,8 @@ class XPrunerLearner(Learner):
         for gate, mask in zip(self._gates, self.masks, strict=True):
             gate.value = mask[labels].unsqueeze(1)  # [B, 1, units]
         loss = self._cross_entropy(images, labels) + self._penalty()
-        optimizer = self.optimizers["masks"]
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.masks, 1.0)
-        optimizer.step()
+        backward(loss, [self.optimizers["masks"]])
+        clip_and_step([self.optimizers["masks"]], self.masks)
         return loss
 
     def _train_thresholds(self, images: Tensor, labels: Tensor, progress: float) -> Tensor:
@@ -257,39 +250,30 @@ class XPrunerLearner(Learner):
         weights, thresholds = self.optimizers["weights"], self.optimizers["thresholds"]
         first = self.method.mask_epochs / self.method.total_epochs()
         factor = schedule_factor(int(1000 * (progress - first) / (1.0 - first)), 1000, 0.05)
-        weights.param_groups[0]["lr"] = self.method.lr * factor
-        thresholds.param_groups[0]["lr"] = self.method.threshold_lr * factor
-        weights.zero_grad(set_to_none=True)
-        thresholds.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.vit.parameters(), 1.0)
-        weights.step()
-        thresholds.step()
+        set_lr(weights, self.method.lr * factor)
+        set_lr(thresholds, self.method.threshold_lr * factor)
+        backward(loss, [weights, thresholds])
+        clip_and_step([weights, thresholds], self.vit.parameters())
         self.ascend(removed)
         return loss
 
     def _cross_entropy(self, images: Tensor, labels: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+        with autocast(self.device, self.autocast):
             logits = self.vit(images).float()
         return F.cross_entropy(logits, labels)
 
     def _penalty(self) -> Tensor:
-        sizes = torch.stack([mask.square().mean() for mask in self.masks]).mean()
-        uneven = [
-            second_difference(
-                mask,
-                self.masks_per_unit[site] if site.endswith("head") else mask.shape[1],
-                self.method.smooth_over,
-            )
-            .abs()
-            .mean()
-            for site, mask in zip(self.sites, self.masks, strict=True)
+        masks, method = list(self.masks), self.method
+        runs = [
+            self.masks_per_unit[site] if site.endswith("head") else mask.shape[1]
+            for site, mask in zip(self.sites, masks, strict=True)
         ]
-        return self.method.sparsity * sizes + self.method.smoothness * torch.stack(uneven).mean()
+        uneven = unevenness(masks, runs, method.smooth_over)
+        return method.sparsity * mean_square(masks) + method.smoothness * uneven
 
     def _site_macs(self, site: str) -> Tensor:
         """Multiply-adds that go with all units of a site."""
-        index = int(site.split(".")[1])
+        index = block_of(site)
         block, zero = self.shape.blocks[index], torch.zeros((), device=self.device)
         if site.endswith("head"):
             sizes = (zero + block.heads * block.qk_dim, zero + block.heads * block.v_dim, zero)
@@ -299,21 +283,7 @@ class XPrunerLearner(Learner):
 
     def _width(self, site: str) -> int:
         """Mask values that one unit of a site has: a head has one per v dim."""
-        return self.shape.blocks[int(site.split(".")[1])].v_dim if site.endswith("head") else 1
-
-
-def second_difference(mask: Tensor, run: int, over: str) -> Tensor:
-    """Return x[i-1] - 2 x[i] + x[i+1] of a mask [C, units] (eq. 6).
-
-    Args:
-        mask: The mask.
-        run: Units that follow on each other; a head's last dim has no neighbour in the next head.
-        over: "units" or "classes", along which to difference.
-    """
-    x = mask.unflatten(1, (-1, run)) if over == "units" else mask.t()
-    if x.shape[-1] < 3:
-        return x.new_zeros(1)
-    return x[..., :-2] - 2.0 * x[..., 1:-1] + x[..., 2:]
+        return self.shape.blocks[block_of(site)].v_dim if site.endswith("head") else 1
 
 
 def ranked_together(importance: Scores, masks_per_unit: dict[str, int]) -> Scores:

@@ -43,7 +43,7 @@ class Gate(nn.Module):
         self.value: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run the module and multiply."""
+        """Run the module on x [B, N, D], or [B, H, N, K] of queries and keys, and multiply."""
         out = self.inner(x)
         return out if self.value is None else out * self.value.to(out.dtype)
 
@@ -52,7 +52,7 @@ class InputGate(Gate):
     """Multiplies a module's input by `value`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply and run the module."""
+        """Multiply x [B, N, D] and run the module."""
         return self.inner(x if self.value is None else x * self.value.to(x.dtype))
 
 
@@ -110,19 +110,19 @@ def fold_gates(vit: ViT, gates: list[dict[str, Gate]]) -> None:
 
 
 def hard(soft: Tensor, kept: Tensor) -> Tensor:
-    """Return `kept` (bool) as numbers, with the gradient of `soft` (straight-through)."""
+    """Return `kept` [...] (bool) as numbers, with the gradient of `soft` (straight-through)."""
     return kept.to(soft.dtype) + soft - soft.detach()
 
 
 def linear_macs(shape: ViTShape, index: int, qk: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
-    """Return the multiply-adds of a block with real-valued sizes; differentiable.
+    """Return the multiply-adds of a block with real-valued sizes, []; differentiable.
 
     Args:
         shape: Shape of the network.
         index: Block.
-        qk: Q/k dims of all its heads together.
-        v: V dims of all its heads together.
-        hidden: Neurons.
+        qk: [], q/k dims of all its heads together.
+        v: [], v dims of all its heads together.
+        hidden: [], neurons.
     """
     block, dim = shape.blocks[index], shape.dim
     n, m = block.tokens, block.mlp_tokens

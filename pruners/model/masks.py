@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def keep_highest(scores: Tensor, kept: int) -> Tensor:
-    """Return a bool mask, of the shape of `scores`, of exactly `kept` of the highest scores.
+    """Return a bool mask [...] of exactly `kept` of the highest scores [...].
 
     Ties are broken by position, so the number is exact.
     """
@@ -35,7 +35,7 @@ def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
 
 
 def nonzero_mask(weight: Tensor, kept: int, site: str) -> Tensor:
-    """Recover the mask of a stored weight: its `kept` entries of largest magnitude.
+    """Recover the mask of a stored weight [out, in]: its `kept` entries of largest magnitude.
 
     Raises:
         ValueError: If more than `kept` entries are not zero.
@@ -52,7 +52,7 @@ def apply_masks(layers: Mapping[str, nn.Linear], masks: Mapping[str, Tensor]) ->
 
     Args:
         layers: Site -> layer.
-        masks: Site -> bool mask of the layer's weight, True where kept.
+        masks: Site -> bool mask [out, in] of the layer's weight, True where kept.
     """
     if masks:
         weights = [layers[site].weight for site in masks]

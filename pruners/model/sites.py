@@ -31,6 +31,11 @@ def kind_of(site: str) -> str:
     return f"ragged_{parts[-1]}" if "heads" in parts else parts[-1]
 
 
+def block_of(site: str) -> int:
+    """Return the number of the block that a site is in."""
+    return int(site.split(".")[1])
+
+
 def unit_sites(
     shape: ViTShape, block: BlockShape, index: int, kind: str
 ) -> Iterator[tuple[str, int]]:

@@ -25,7 +25,11 @@ def keep_heads(attn: Attention, heads: Tensor) -> None:
 
 
 def keep_qk_dims(attn: Attention, dims: Tensor) -> None:
-    """Keep, in each head, the q/k dims with the given indices [H, K']; the softmax scale stays."""
+    """Keep, in each head, the q/k dims with the given indices [H, K']; the softmax scale stays.
+
+    Raises:
+        ValueError: If q and k are normalised over a head's width.
+    """
     if not isinstance(attn.q_norm, nn.Identity):
         raise ValueError(
             f"attn.q_norm is a {type(attn.q_norm).__name__}; "
@@ -98,7 +102,7 @@ def padded_size(kept: int, size: int, multiple: int) -> int:
 
 
 def keep_attention_writes(block: Block, rows: Tensor) -> None:
-    """Let the attention branch write only to the residual channels it writes to at `rows`."""
+    """Let the attention branch write only to the residual channels it writes to at `rows` [D']."""
     if block.attn is not None:
         keep_outputs(block.attn.proj, rows)
         _keep_scale(block.ls1, rows)
@@ -124,12 +128,12 @@ def remove_mlp(block: Block) -> None:
 
 
 def keep_outputs(linear: nn.Linear, rows: Tensor) -> None:
-    """Keep the output features `rows` of a linear layer."""
+    """Keep the output features `rows` [n] of a linear layer."""
     _replace(linear, linear.weight[rows], linear.bias[rows] if linear.bias is not None else None)
 
 
 def keep_inputs(linear: nn.Linear, columns: Tensor) -> None:
-    """Keep the input features `columns` of a linear layer."""
+    """Keep the input features `columns` [n] of a linear layer."""
     _replace(linear, linear.weight[:, columns], linear.bias)
 
 

@@ -112,7 +112,11 @@ class ViT(nn.Module):
         return self.classify(self.tokens(images))
 
     def tokens(self, images: Tensor) -> Tokens:
-        """Return the tokens behind the last norm, from which `classify` makes logits."""
+        """Return the tokens behind the last norm, from which `classify` makes logits.
+
+        Args:
+            images: [B, channels, height, width], normalised.
+        """
         tokens = Tokens(self.embed(images))
         for block in self.blocks:
             tokens = block(tokens)
@@ -239,7 +243,11 @@ def _numel(*modules: nn.Module | None) -> int:
 
 
 def refuse_unsupported(vit: nn.Module) -> None:
-    """Raise a ValueError that names the first module that pruning does not understand."""
+    """Refuse a model that pruning does not understand.
+
+    Raises:
+        ValueError: That names its first module of another kind.
+    """
     if type(vit) not in (VisionTransformer, VisionTransformerDistilled):
         raise ValueError(f"model is a {type(vit).__name__}; give a timm VisionTransformer")
     if vit.attn_pool is not None:

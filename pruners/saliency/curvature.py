@@ -118,7 +118,11 @@ class InverseFisher(Curvature, abc.ABC):
         self.inverse = update_inverse(self.inverse, gradients, self.total)
 
     def check(self, site: str) -> None:
-        """Refuse an inverse that float32 could not compute."""
+        """Refuse an inverse that float32 could not compute.
+
+        Raises:
+            ValueError: That names the layer and what would mend it.
+        """
         if self.inverse is None:
             raise ValueError(
                 f"{site} got no gradients; give at least one batch of calibration images"

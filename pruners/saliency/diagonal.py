@@ -16,7 +16,7 @@ _MOST_BYTES = 256e6  # of per-image gradients that are held at a time
 
 
 def quadratic_saliency(vit: ViT, diagonal: Mapping[str, Tensor]) -> Scores:
-    """Return 1/2 w^2 H_ii of each weight, for diagonals of the weights' shapes."""
+    """Return 1/2 w^2 H_ii of each weight, for diagonals of the weights' shapes [out, in]."""
     layers = dict(vit.linears())
     return {k: 0.5 * layers[k].weight.detach().float() ** 2 * d for k, d in diagonal.items()}
 
@@ -24,7 +24,7 @@ def quadratic_saliency(vit: ViT, diagonal: Mapping[str, Tensor]) -> Scores:
 def sample_mean_squares(
     vit: ViT, batches: Batches, *, draw_labels: torch.Generator | None = None
 ) -> dict[str, Tensor]:
-    """Return site -> mean over images of the squared gradient of the image's own loss.
+    """Return site -> mean over images of the squared gradient of the image's loss, [out, in].
 
     With true labels this is the diagonal of the empirical Fisher matrix; with labels drawn from the
     model's predictions, that of the true Fisher matrix, which for cross-entropy is the Gauss-Newton
@@ -88,7 +88,7 @@ def hutchinson(
 def estimate_diagonal(
     gradients: Sequence[Tensor], weights: Sequence[Tensor], probes: int, generator: torch.Generator
 ) -> list[Tensor]:
-    """Return the mean of z * (H z) over random signs z, of each weight's shape.
+    """Return the mean of z * (H z) over random signs z, of each weight's shape [...].
 
     Args:
         gradients: Gradients of a loss by `weights`, with a graph of their own.

@@ -14,7 +14,7 @@ from pruners.model.vit import ViT
 
 
 def batch_gradients(vit: ViT, batches: Batches) -> Iterator[dict[str, Tensor]]:
-    """Yield, for each batch, site -> gradient of its mean cross-entropy, of the weight's shape.
+    """Yield, for each batch, site -> gradient of its mean cross-entropy, [out, in].
 
     The model runs in evaluation mode (no dropout), and neither its mode nor any `.grad` is changed
     by this.
@@ -58,7 +58,11 @@ def sample_gradients(
 
 
 def check_layers(layers: dict[str, nn.Linear]) -> None:
-    """Raise a ValueError that names the first layer whose weight is frozen or shared."""
+    """Refuse layers whose gradients cannot be told apart.
+
+    Raises:
+        ValueError: That names the first one whose weight is frozen or shared.
+    """
     owners: dict[int, str] = {}
     for site, layer in layers.items():
         if not layer.weight.requires_grad:

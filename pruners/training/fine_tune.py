@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pruners.model.masks import apply_masks
-from pruners.model.tokens import TokenReducer, Tokens
+from pruners.model.tokens import TokenReducer
 from pruners.model.types import Batches
 from pruners.model.vit import ViT
+from pruners.training.loss import TaughtLoss
 from pruners.training.optimisation import (
     NonFiniteLossError,
-    Precision,
-    autocast_dtype,
-    distillation,
+    clip_and_step,
+    decayed,
     schedule_factor,
 )
 from pruners.training.peers import PeerOutOfMemoryError, Peers
+from pruners.training.recipe import Recipe
 
 TaughtBatches = Iterable[tuple[Tensor, Tensor, Tensor | None]]
 """Images and labels as in `Batches`, and the teacher's logits [B, classes], or None to ask it."""
@@ -34,52 +33,13 @@ class TrainingLeftError(RuntimeError):
     """An epoch was left before its end, as was asked for; `state_dict` says where."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How a model is fine-tuned.
-
-    Attributes:
-        epochs: Passes over the training set.
-        lr: Peak learning rate of AdamW.
-        weight_decay: Decoupled weight decay of matrices; vectors (biases, norms, scales) have none.
-        warmup: Share of the steps in which the learning rate rises linearly; it then falls as a
-            cosine to 1 % of `lr`.
-        label_smoothing: Smoothing of the cross-entropy, 0 <= x < 1.
-        clip: Largest gradient norm.
-        distill: Share of the distillation term in the loss; 0 needs no teacher.
-        temperature: Temperature of the distillation term.
-        precision: "auto" takes bfloat16 autocast where the hardware computes it natively.
-        selector_lr: Peak learning rate of what a plan added and nobody has trained yet: the modules
-            that select tokens.
-        selector_alone: Share of the steps in which only these train, if there are any. The papers
-            of DynamicViT and SPViT take 1/6, with `lr` at 1/100 of `selector_lr`.
-        selector_settle: Share of the steps, the last ones, in which these are fixed and really
-            remove tokens. Before, decisions are drawn at random, and as long as scores are close
-            together a model sees other tokens in training than afterwards.
-    """
-
-    epochs: int = 3
-    lr: float = 5e-4
-    weight_decay: float = 0.05
-    warmup: float = 0.1
-    label_smoothing: float = 0.0
-    clip: float = 1.0
-    distill: float = 0.5
-    temperature: float = 1.0
-    precision: Precision = "auto"
-    selector_lr: float = 1e-3
-    selector_alone: float = 0.0
-    selector_settle: float = 0.33
-
-
 class FineTuner:
     """Trains a model epoch by epoch; zeros stay zero.
 
-    The loss is (1 - distill) * CE + distill * T^2 * KL(teacher || student), the divergence summed
-    over classes and averaged over the batch (Hinton et al., 2015, arXiv:1503.02531), plus the
-    model's own `aux_loss`. The teacher's logits come with the batches, or from the teacher itself.
+    The teacher's logits come with the batches, or from the teacher itself.
 
     Attributes:
+        loss: What is minimised.
         parts: In how many parts a batch is passed through the model, whose gradients add up: more
             need less memory. The update is the same but for rounding, and for what is random or
             compares images of a batch (drop path, the losses of token selectors).
@@ -106,10 +66,10 @@ class FineTuner:
                 all batches carry its logits and the model has no `token_loss`.
         """
         self.vit, self.recipe, self.teacher = vit, recipe, teacher
+        self.loss = TaughtLoss(vit, recipe, teacher)
         self.parts, self.steps = 1, 0
         self.peers: Peers | None = None
         self.device = next(vit.parameters()).device
-        self.autocast = autocast_dtype(recipe.precision, self.device)
         self._total = torch.zeros((), device=self.device)  # loss of the running epoch so far
         self._random: dict[str, Tensor] | None = None  # generators of an epoch that goes on
         vit.use_fused_attention(fused=self.device.type == "cuda")
@@ -211,8 +171,7 @@ class FineTuner:
             loss = self._backward(images, labels, answers)
         else:
             loss = self._backward_with(self.peers, images, labels, answers)
-        torch.nn.utils.clip_grad_norm_(self.vit.parameters(), self.recipe.clip)
-        self.optimizer.step()
+        clip_and_step([self.optimizer], self.vit.parameters(), norm=self.recipe.clip)
         self.schedule.step()
         return loss
 
@@ -222,7 +181,7 @@ class FineTuner:
         loss = torch.zeros((), device=self.device)
         for start in range(0, len(labels), size):
             part = slice(start, start + size)
-            of_part = self._loss_of(
+            of_part = self.loss(
                 images[part], labels[part], None if answers is None else answers[part]
             ) * (len(labels[part]) / len(labels))
             of_part.backward()
@@ -251,51 +210,14 @@ class FineTuner:
         peers.average([*(p.grad for p in moved), loss], len(labels))
         return loss
 
-    def _loss_of(self, images: Tensor, labels: Tensor, answers: Tensor | None) -> Tensor:
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            tokens = self.vit.tokens(images)
-            logits = self.vit.classify(tokens).float()
-            taught, targets = self._teach(images, answers)
-            aux = self.vit.aux_loss(tokens, taught).float()
-        return self._loss(logits, labels, targets) + aux
-
-    def _teach(self, images: Tensor, answers: Tensor | None) -> tuple[Tokens | None, Tensor | None]:
-        """Return the teacher's tokens, where it has to be asked, and its logits [B, classes]."""
-        if self.recipe.distill == 0.0:
-            return None, None
-        if answers is not None and self.vit.token_loss is None:
-            return None, answers.to(self.device).float()
-        if self.teacher is None:
-            lacking = "logits" if answers is None else "tokens, which token_loss compares"
-            raise ValueError(
-                f"distill is {self.recipe.distill} but there is no teacher to ask for "
-                f"{lacking}; give one, or distill = 0"
-            )
-        with torch.no_grad():
-            taught = self.teacher.tokens(images)
-            return taught, self.teacher.classify(taught).float()
-
-    def _loss(self, logits: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
-        recipe = self.recipe
-        loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-        if targets is None:
-            return loss
-        return (1.0 - recipe.distill) * loss + recipe.distill * distillation(
-            logits, targets, recipe.temperature
-        )
-
 
 def _groups(vit: ViT, selectors: Sequence[TokenReducer], recipe: Recipe) -> list[dict[str, Any]]:
     """Return the optimiser's groups: matrices and vectors, then those of untrained selectors."""
     untrained = {id(p) for selector in selectors for p in selector.parameters()}
     groups = []
     for lr, new in ((recipe.lr, False), (recipe.selector_lr, True))[: 1 + bool(untrained)]:
-        members = [p for p in vit.parameters() if p.requires_grad and (id(p) in untrained) == new]
-        matrices, vectors = [p for p in members if p.ndim > 1], [p for p in members if p.ndim <= 1]
-        groups += [
-            {"params": matrices, "lr": lr, "weight_decay": recipe.weight_decay},
-            {"params": vectors, "lr": lr, "weight_decay": 0.0},
-        ]
+        members = [p for p in vit.parameters() if (id(p) in untrained) == new]
+        groups += decayed(members, recipe.weight_decay, lr=lr)
     return groups
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pruners.model.files import replace_file
 from pruners.model.types import Batches
 from pruners.model.vit import ViT
-from pruners.training.optimisation import NonFiniteLossError
+from pruners.training.optimisation import NonFiniteLossError, Precision, autocast_dtype
 from pruners.training.sealed import load_sealed, save_sealed
 
 
@@ -49,13 +49,17 @@ class Learner(nn.Module, abc.ABC):
         vit: The model, a copy that the run may change.
         teacher: The model as it was, frozen and in eval mode; None without distillation.
         optimizers: By name.
+        device: The model's.
+        autocast: The type that training computes in (`autocast_dtype`), None for float32.
     """
 
     teacher: ViT | None
 
-    def __init__(self, vit: ViT, *, distils: bool = False) -> None:
+    def __init__(self, vit: ViT, *, distils: bool = False, precision: Precision = "auto") -> None:
         """Take over a copy of a model, without gates."""
         super().__init__()
+        self.device = next(vit.parameters()).device
+        self.autocast = autocast_dtype(precision, self.device)
         self.vit = vit
         self.teacher = copy.deepcopy(vit).requires_grad_(False) if distils else None
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
@@ -68,7 +72,10 @@ class Learner(nn.Module, abc.ABC):
         return self
 
     def teach(self, images: Tensor) -> Tensor | None:
-        """Return the teacher's logits [B, classes], if there is a teacher."""
+        """Return the teacher's logits [B, classes] of images [B, channels, height, width].
+
+        None if there is no teacher.
+        """
         if self.teacher is None:
             return None
         with torch.no_grad():
@@ -79,7 +86,13 @@ class Learner(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def step(self, images: Tensor, labels: Tensor, progress: float) -> Tensor:
-        """Learn from a batch, at 0 <= progress < 1 of the run, and return the loss."""
+        """Learn from a batch, at 0 <= progress < 1 of the run, and return the loss, [].
+
+        Args:
+            images: [B, channels, height, width].
+            labels: [B].
+            progress: Share of the run that lies behind.
+        """
 
 
 def run(
@@ -93,7 +106,8 @@ def run(
         epochs: Epochs of the whole run.
         seed: Every random number of epoch e depends on it and e alone.
         checkpoint: File that the state is written to after each epoch, and read from where it
-            exists: the run then goes on behind the last whole epoch.
+            exists: the run then goes on behind the last whole epoch. It starts again where the
+            version before wrote it, whose optimisers decayed vectors too.
 
     Raises:
         NonFiniteLossError: If the loss is not finite.
@@ -131,6 +145,8 @@ def _resume(learner: Learner, checkpoint: Path, device: torch.device) -> int:
     state = load_sealed(checkpoint, device)
     try:
         done: int = state["done"]
+        if any(_regrouped(state["optimizers"][n], o) for n, o in learner.optimizers.items()):
+            return 0
         learner.load_state_dict(state["learner"])
         for name, optimizer in learner.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
@@ -141,3 +157,12 @@ def _resume(learner: Learner, checkpoint: Path, device: torch.device) -> int:
             f"{checkpoint} is no state of this run; remove it, and the run starts again"
         ) from error
     return done
+
+
+def _regrouped(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a state holds as many parameters as an optimiser, but in other groups."""
+    then, now = (
+        [len(group["params"]) for group in groups]
+        for groups in (saved["param_groups"], optimizer.param_groups)
+    )
+    return then != now and sum(then) == sum(now)

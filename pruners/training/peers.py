@@ -55,7 +55,7 @@ class Peers:
         """Average tensors in place over the images of all processes.
 
         Args:
-            tensors: Means over this process's images, of any shapes, on the model's device.
+            tensors: Means over this process's images, each [...], on the model's device.
             images: How many these are; at 0 the tensors do not count.
         """
         ones = tensors[0].new_ones(1)

@@ -1,1 +1,1 @@
-"""The dense model, the images, and what the dense model says of them."""
+"""The dense model, the images, and the dense model's logits as teacher."""

@@ -1,8 +1,8 @@
 """Random crops and flips of a whole batch at once, decided by (seed, epoch, image) alone.
 
-Nothing is drawn from a generator, whose state would depend on what was drawn before: each image's
-number is hashed with the epoch's key. So an image looks the same in an epoch whatever the order,
-the batch and the device, and what the dense model says of it can be looked up.
+Nothing is drawn from a generator, whose state would depend on earlier draws: each image's number is
+hashed with the epoch's key. So an image looks the same in an epoch whatever the order, the batch
+and the device, and the dense model's logits of it can be looked up.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Epoch(NamedTuple):
-    """What decides the order and the augmentation of one pass over the images.
+    """Seed of the order and the augmentation of one pass over the images.
 
     Attributes:
         seed: Of all passes; at least 0.
@@ -49,7 +49,7 @@ def draw_views(epoch: Epoch, rows: NDArray[np.int64], padding: int) -> Views:
     """Draw a view of each image, uniformly.
 
     Args:
-        epoch: What decides, together with each image's number.
+        epoch: Key of the draw, together with each image's number.
         rows: [B], the images' numbers.
         padding: Largest shift in pixels.
     """

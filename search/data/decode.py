@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 Pixels = NDArray[np.uint8]
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-"""What data sets hold; Pillow opens more, some of it by running other programs."""
+"""Formats that are decoded; Pillow opens more, some of them by running other programs."""
 
 LARGEST_PIXELS = 100_000_000
 """Images with more pixels are refused before they are decoded: they could fill the memory."""
@@ -83,7 +83,7 @@ def decode(data: bytes | None, spec: ImageSpec) -> Pixels:
             if image.width * image.height > LARGEST_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels")
             picture = image.convert("RGB" if spec.channels == 3 else "L")
-    except Exception as error:  # of a damaged file, Pillow's decoders raise what comes
+    except Exception as error:  # Pillow's decoders raise any of many on a damaged file
         raise ValueError(str(error) or type(error).__name__) from error
     height, width = spec.size
     if picture.size != (width, height):

@@ -1,4 +1,4 @@
-"""What a sweep is about, as digests: a model or images that change under it are never used."""
+"""Digests of a sweep's model and images: ones that change under a sweep are never used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from search.sweep.spec import Sweep
 SPLITS = ("train", "val", "test")
 
 
-def identity(sweep: Sweep, dense: PrunableViT) -> dict[str, str]:
+def fingerprint(sweep: Sweep, dense: PrunableViT) -> dict[str, str]:
     """Return the SHA-256 of the dense model and of each split, by the sweep's keys."""
     model = {"shape": dense.shape().to_json(), "weights": tensors_digest(dense.vit.state_dict())}
     data = sweep.data

@@ -21,14 +21,18 @@ import numpy as np
 import pyarrow as pa
 import torch
 from filelock import FileLock
-from numpy.typing import NDArray
 from torch import Tensor
 
 from search.data.augment import Epoch, crop_and_flip, draw_views
+from search.data.cache import (
+    Numbers,
+    default_cache,
+    fits_cache,
+    open_decoded,
+    write_decoded,
+)
 from search.data.decode import Corrupt, ImageSpec, Pixels, decode_all
 from search.data.shards import Shards, find_shards
-
-Numbers = NDArray[np.int64]
 
 WINDOW = 4096
 """Images that a stream holds to shuffle among."""
@@ -96,7 +100,7 @@ class Images:
         device: torch.device | str = "cpu",
         share: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[Tensor, Tensor, Numbers]]:
-        """Yield what `batches` does, and the images' numbers [B]: their rows in the source.
+        """Yield batches as `batches` does, and the images' numbers [B]: their rows in the source.
 
         Args:
             batch_size: Images per batch.
@@ -187,7 +191,7 @@ def open_images(
         ValueError: If it is not such a Parquet file, or has more corrupt images than allowed.
     """
     shards = find_shards(source, image_column, label_column)
-    fits = _fits(shards, spec, cache_gb)
+    fits = fits_cache(shards, spec, cache_gb)
     digest = _digest(shards, spec, whole=fits)
     corrupt = Corrupt(limit=max_corrupt, names=[])
     if not fits:
@@ -200,7 +204,7 @@ def open_images(
     with FileLock(path.with_suffix(".lock")):  # of the processes of a node, one decodes
         found = open_decoded(path, spec, shards.rows)
         if found is None:
-            _decode_to(path, shards, spec, Corrupt(limit=max_corrupt, names=[]))
+            write_decoded(path, shards, spec, Corrupt(limit=max_corrupt, names=[]))
             found = open_decoded(path, spec, shards.rows)
     if found is None or found[0].num_rows == 0:
         raise ValueError(f"{source} has no readable images; give at least one")
@@ -217,17 +221,7 @@ def data_digest(
 ) -> str:
     """Return the digest that `open_images` gives a split, without decoding it."""
     shards = find_shards(source, image_column, label_column)
-    return _digest(shards, spec, whole=_fits(shards, spec, cache_gb))
-
-
-def _fits(shards: Shards, spec: ImageSpec, cache_gb: float) -> bool:
-    return shards.rows * _pixel_bytes(spec) <= cache_gb * 1e9
-
-
-def default_cache() -> Path:
-    """Return the user's cache folder for decoded images."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "prunefront"
+    return _digest(shards, spec, whole=fits_cache(shards, spec, cache_gb))
 
 
 def _digest(shards: Shards, spec: ImageSpec, *, whole: bool) -> str:
@@ -248,81 +242,6 @@ def _digest(shards: Shards, spec: ImageSpec, *, whole: bool) -> str:
     return digest.hexdigest()
 
 
-def _decode_to(path: Path, shards: Shards, spec: ImageSpec, corrupt: Corrupt) -> None:
-    """Decode a split into an Arrow file, and a note beside it that says that the file is whole."""
-    temporary, written = path.with_name(f".{path.name}.{os.getpid()}"), 0
-    try:
-        with (
-            ThreadPoolExecutor(max_workers=os.cpu_count()) as pool,
-            pa.OSFile(str(temporary), "wb") as sink,
-            pa.ipc.new_file(sink, _schema(spec)) as writer,
-        ):
-            for chunk in shards.read_groups(shards.groups()):
-                decoded = list(decode_all(chunk.files, spec, corrupt, pool))
-                numbers = np.array([number for _, number in decoded], dtype=np.int64)
-                labels = chunk.labels[numbers - chunk.first]
-                writer.write_batch(_record_batch([p for p, _ in decoded], labels, numbers, spec))
-                written += len(decoded)
-        os.replace(temporary, path)
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        note = {"rows": written, "corrupt": corrupt.names, "labels": _labels_digest(table)}
-        temporary.write_text(json.dumps(note))
-        os.replace(temporary, path.with_suffix(".json"))
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def open_decoded(path: Path, spec: ImageSpec, rows: int) -> tuple[pa.Table, list[str]] | None:
-    """Map a decoded split into memory; None if there is none, or if it is not what was written.
-
-    Args:
-        path: The file of the decoded images.
-        spec: How they are prepared.
-        rows: Rows of the source.
-
-    Returns:
-        The images, and the names of those that could not be read.
-    """
-    try:
-        note = json.loads(path.with_suffix(".json").read_text())
-        names = [str(name) for name in note["corrupt"]]
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        table.validate()  # Arrow trusts what a file says of the places of its columns
-        whole = (
-            table.schema == _schema(spec)
-            and table.num_rows == note["rows"] == rows - len(names)
-            and not any(column.null_count for column in table.columns)
-            and _labels_digest(table) == note["labels"]
-        )
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, pa.ArrowException):
-        return None
-    return (table, names) if whole else None
-
-
-def _labels_digest(table: pa.Table) -> str:
-    """SHA-256 of the labels and numbers of decoded images; the pixels would take long."""
-    digest = hashlib.sha256()
-    for name in ("label", "number"):
-        digest.update(table.column(name).to_numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _schema(spec: ImageSpec) -> pa.Schema:
-    pixels = pa.binary(_pixel_bytes(spec))
-    return pa.schema([("pixels", pixels), ("label", pa.int64()), ("number", pa.int64())])
-
-
-def _record_batch(
-    images: list[Pixels], labels: Numbers, numbers: Numbers, spec: ImageSpec
-) -> pa.RecordBatch:
-    schema = _schema(spec)
-    pixels = np.stack(images) if images else np.empty((0, _pixel_bytes(spec)), np.uint8)
-    array = pa.Array.from_buffers(
-        schema.field("pixels").type, len(images), [None, pa.py_buffer(pixels.tobytes())]
-    )
-    return pa.RecordBatch.from_arrays([array, pa.array(labels), pa.array(numbers)], schema=schema)
-
-
 def _draw(
     held: list[tuple[Pixels, int, int]], count: int, rng: np.random.Generator | None
 ) -> tuple[Pixels, Numbers, Numbers]:
@@ -335,7 +254,3 @@ def _draw(
     del held[:count]
     labels, numbers = np.array([row[1:] for row in drawn], dtype=np.int64).T
     return np.stack([row[0] for row in drawn]), labels.copy(), numbers
-
-
-def _pixel_bytes(spec: ImageSpec) -> int:
-    return spec.size[0] * spec.size[1] * spec.channels

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from pruners import PrunableViT
 from search.data.decode import ImageSpec
-from search.sweep.spec import ModelSpec, SweepError
+from search.sweep.parts import ModelSpec
+from search.sweep.spec import SweepError
 
 
 def load_model(spec: ModelSpec) -> PrunableViT:
@@ -37,7 +38,11 @@ def load_model(spec: ModelSpec) -> PrunableViT:
 
 
 def image_spec(vit: PrunableViT) -> ImageSpec:
-    """Return how images are prepared for a model."""
+    """Return the preparation of images for a model.
+
+    Raises:
+        AssertionError: If the model has no normalisation, which `load_model` sets.
+    """
     shape = vit.shape()
     if vit.mean is None or vit.std is None:
         raise AssertionError("load_model sets the normalisation")

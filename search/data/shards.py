@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 CHUNK = 1024
-"""Rows that are handed on at a time."""
+"""Rows per chunk."""
 
 
 class Group(NamedTuple):
@@ -66,7 +66,11 @@ class Shards:
     classes: tuple[str, ...]
 
     def read_groups(self, order: list[Group]) -> Iterator[Chunk]:
-        """Yield the rows of the given row groups."""
+        """Yield the rows of the given row groups.
+
+        Raises:
+            ValueError: If a file is damaged, or a row has no label.
+        """
         for path, group, first in order:
             with naming(path), self.filesystem.open_input_file(path) as source:
                 file = pq.ParquetFile(source)
@@ -88,7 +92,11 @@ class Shards:
                 yield Chunk(files=files, labels=numbers[start : start + CHUNK])
 
     def groups(self) -> list[Group]:
-        """Return all row groups in order."""
+        """Return all row groups in order.
+
+        Raises:
+            ValueError: If a file is damaged.
+        """
         groups: list[Group] = []
         first = 0
         for path in self.paths:
@@ -102,7 +110,7 @@ class Shards:
 
 @contextmanager
 def naming(path: str) -> Iterator[None]:
-    """Name the file in what Arrow raises.
+    """Name the file in Arrow's errors.
 
     Raises:
         ValueError: Instead of Arrow's own errors, of damaged files and of storage that fails.

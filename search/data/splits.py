@@ -1,4 +1,4 @@
-"""What trials read and where they run: splits, calibration images, teacher, device, seeds."""
+"""Inputs of a sweep's trials: splits, calibration images, teacher, device, seeds."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from torch import Tensor
 
 from pruners import PrunableViT
 from pruners.training.optimisation import autocast_dtype
-from search.data.images import Images, default_cache, open_images
+from search.data.cache import default_cache
+from search.data.images import Images, open_images
 from search.data.model import image_spec
 from search.data.teacher import Teacher
 from search.sweep.spec import Sweep
 
 
 class Calibration:
-    """The training images that scores are measured on, read when a step first asks for them.
+    """Calibration images: training images that scores are measured on, read at their first use.
 
     They are the same for every trial, so the actor keeps them, in main memory: batches to go over
     as often as needed.
@@ -44,7 +45,7 @@ def mixed_seed(*parts: int) -> int:
 
 
 def make_teacher(sweep: Sweep, dense: PrunableViT, train: Images, device: torch.device) -> Teacher:
-    """Let the dense model answer for a sweep's training images."""
+    """Return the dense model as teacher for a sweep's training images."""
     data = sweep.data
     return Teacher(
         dense,
@@ -75,7 +76,12 @@ def trial_device(sweep: Sweep) -> torch.device:
 
 
 def open_split(sweep: Sweep, dense: PrunableViT, split: str) -> Images:
-    """Open `train`, `val` or `test` of a sweep's data, prepared for its model."""
+    """Open `train`, `val` or `test` of a sweep's data, prepared for its model.
+
+    Raises:
+        FileNotFoundError: If there is no such source.
+        ValueError: If it is damaged, or has more corrupt images than allowed.
+    """
     data = sweep.data
     return open_images(
         getattr(data, split),
@@ -91,7 +97,7 @@ def open_split(sweep: Sweep, dense: PrunableViT, split: str) -> Images:
 def calibration_batches(
     sweep: Sweep, images: Images, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the training images that scores are measured on, the same for every trial."""
+    """Yield calibration images [B, C, H, W] and labels [B], the same for every trial."""
     batch = min(sweep.data.batch_size, sweep.data.calibration)
     batches = images.batches(batch, seed=sweep.seed, augment=False, device=device)
     return islice(batches, max(1, sweep.data.calibration // batch))

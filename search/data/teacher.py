@@ -1,4 +1,4 @@
-"""What the dense model says of the training images, computed once per node and epoch.
+"""The dense model's logits of the training images, computed once per node and epoch.
 
 All trials of a sweep see the same images in the same epoch (`search.data.augment`), so the dense
 model's logits are the same for all of them. The first process of a node that needs an epoch's
@@ -33,7 +33,7 @@ Answers = NDArray[np.float16]
 """Logits [rows, classes] of all rows of a source; NaN for images that cannot be read."""
 
 PREFIX = "teacher-"
-"""What the names of these files begin with, in a folder that decoded images lie in too."""
+"""Prefix of the names of these files, in a folder that decoded images lie in too."""
 
 
 class Teacher:
@@ -47,7 +47,7 @@ class Teacher:
         device: Where trials train.
         folder: Where the files lie.
         limit_gb: Largest size of all files of the folder, in 1e9 bytes.
-        batch_size: Images that are asked about at a time.
+        batch_size: Images per batch of the dense model.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Teacher:
         }
 
     def _compute(self, path: Path, epoch: Epoch) -> None:
-        """Write an epoch's answers, and a note beside them that says that they are whole."""
+        """Write an epoch's answers, and beside them a note of their size and digest."""
         for torn in self.folder.glob(f".{path.name}.*"):  # of a process that died in here
             torn.unlink()
         replace_file(path, lambda temporary: self._write(temporary, epoch))
@@ -162,7 +162,7 @@ class Teacher:
 
 
 def open_answers(path: Path, shape: tuple[int, int]) -> Answers | None:
-    """Map a file of answers into memory; None if there is none, or if it is not what was written.
+    """Map a file of answers into memory; None if it is absent or damaged.
 
     Args:
         path: The file.

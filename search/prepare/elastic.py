@@ -17,7 +17,6 @@ from pathlib import Path
 
 import ray
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pruners import Plan, PrunableViT, Pruner
@@ -27,9 +26,16 @@ from pruners.model.types import Scores
 from pruners.model.vit import ViT
 from pruners.subnet import Subnet, shared_scores
 from pruners.training.evaluation import evaluate
-from pruners.training.fine_tune import Recipe
 from pruners.training.learner import Learner, LearningData, run
-from pruners.training.optimisation import autocast_dtype, distillation, schedule_factor
+from pruners.training.optimisation import (
+    autocast,
+    clip_and_step,
+    decayed,
+    distillation,
+    schedule_factor,
+    set_lr,
+)
+from pruners.training.recipe import Recipe
 from search.data.images import Images
 from search.data.splits import calibration_batches, open_split, trial_device
 from search.prepare.learning import learning_data
@@ -96,15 +102,10 @@ class Sandwich(Learner):
             start: Plans.
             scores: Method -> its scores of the dense model.
         """
-        super().__init__(vit, distils=recipe.distill > 0.0)
+        super().__init__(vit, distils=recipe.distill > 0.0, precision=recipe.precision)
         self.recipe, self.start, self.scores = recipe, start, scores
         self.steps, self.total = steps_per_epoch, max(1, recipe.epochs * steps_per_epoch)
-        self.autocast = autocast_dtype(recipe.precision, next(vit.parameters()).device)
-        trained = [p for p in vit.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": recipe.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
+        groups = decayed(vit.parameters(), recipe.weight_decay)
         self.adam = torch.optim.AdamW(groups, lr=recipe.lr)
         self.optimizers = {"weights": self.adam}
         self.smallest = Subnet(vit, start.smallest, scores)
@@ -117,7 +118,7 @@ class Sandwich(Learner):
         """Train on a batch and return the mean loss of the four models."""
         self.adam.zero_grad(set_to_none=True)
         logits = self._logits(self.vit, images)
-        loss = self._dense_loss(logits, labels, self.teach(images)) / PASSES
+        loss = self.recipe.loss(logits, labels, self.teach(images)) / PASSES
         loss.backward()
         total = loss.detach()
         for subnet in self._subnets():
@@ -127,11 +128,9 @@ class Sandwich(Learner):
             loss.backward()
             subnet.collect()
             total = total + loss.detach()
-        torch.nn.utils.clip_grad_norm_(self.vit.parameters(), self.recipe.clip)
         factor = schedule_factor(self.done, self.total, self.recipe.warmup)
-        for group in self.adam.param_groups:
-            group["lr"] = self.recipe.lr * factor
-        self.adam.step()
+        set_lr(self.adam, self.recipe.lr * factor)
+        clip_and_step([self.adam], self.vit.parameters(), norm=self.recipe.clip)
         self.done += 1
         return total
 
@@ -142,17 +141,8 @@ class Sandwich(Learner):
         return [self.smallest, *(Subnet(self.vit, plan, self.scores) for plan in drawn)]
 
     def _logits(self, vit: ViT, images: Tensor) -> Tensor:
-        with torch.autocast(images.device.type, self.autocast, enabled=self.autocast is not None):
+        with autocast(self.device, self.autocast):
             return vit(images).float()
-
-    def _dense_loss(self, logits: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
-        recipe = self.recipe
-        loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-        if targets is None:
-            return loss
-        return (1.0 - recipe.distill) * loss + recipe.distill * distillation(
-            logits, targets, recipe.temperature
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
-"""What methods know of the dense model: learned or scored once per sweep, as Ray tasks.
+"""Learning and scoring of the dense model: once per method and sweep, as Ray tasks.
 
-It is kept beside the results by everything that decides it, so other sweeps find it again.
+Results are kept beside the sweeps by a digest of all their inputs, so other sweeps reuse them.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from search.data.images import Images
 from search.data.splits import calibration_batches, open_split, trial_device
 from search.records.digests import json_digest, tensors_digest
 from search.report.progress import HEARTBEAT_S
-from search.space.allocation import OwnShares, own_shares
+from search.space.allocation import Allocation, own_allocation
 from search.space.step import Rung, SpaceStep
 from search.sweep.spec import Sweep, SweepFailedError
 
 FOLDER = "learned"
-"""Folder of a sweep's storage that holds what methods know; all sweeps there share it."""
+"""Folder of a sweep's storage with scores and learned weights; all sweeps there share it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LearningRun:
-    """What came of one run.
+    """One method's run of learning or scoring.
 
     Attributes:
         label: The step's.
         budget: Share of the dense cost that was learned for; None if the method needs none.
         path: File of scores and learned weights; empty for a method without either.
-        report: Figures of the run; `seconds` is what it took, whenever that was.
+        report: Figures of the run; `seconds` is its duration, in whatever sweep it ran.
         reused: Whether an earlier sweep had learned the same.
         learns: Whether it was more than scoring.
     """
@@ -49,7 +49,7 @@ class LearningRun:
     learns: bool
 
     def describe(self) -> str:
-        """Say it in one line."""
+        """Return the run in one line."""
         what = self.label + (f" for {self.budget:.2f}x" if self.budget is not None else "")
         figures = ", ".join(f"{k} {v:.4g}" for k, v in self.report.items() if k != "seconds")
         verb = "learned" if self.learns else "scored"
@@ -70,11 +70,11 @@ def learn_all(
         sweep: The sweep.
         dense: The dense model, on the CPU.
         steps: The steps of the space.
-        ended: Told of each run that has ended.
-        waiting: Told now and then whose runs have not.
+        ended: Called with each run that has ended.
+        waiting: Called now and then with the labels of the others.
 
     Returns:
-        Label -> what is known, for each of the step's budgets.
+        Label -> measurements of the step's method, one for each of its budgets.
 
     Raises:
         SweepFailedError: If a run fails.
@@ -106,8 +106,8 @@ def _methods(step: SpaceStep) -> list[Pruner]:
 
 
 def _result(
-    task: ray.ObjectRef[tuple[LearningRun, OwnShares]], label: str, pruner: Pruner
-) -> tuple[LearningRun, OwnShares]:
+    task: ray.ObjectRef[tuple[LearningRun, Allocation]], label: str, pruner: Pruner
+) -> tuple[LearningRun, Allocation]:
     try:
         return ray.get(task)
     except ray.exceptions.RayError as error:
@@ -118,10 +118,10 @@ def _result(
 
 def learn_once(
     sweep: Sweep, dense: PrunableViT, step: SpaceStep, pruner: Pruner, folder: Path
-) -> tuple[LearningRun, OwnShares]:
-    """Learn or score, or find what was learned from the same, and ask for own allocations.
+) -> tuple[LearningRun, Allocation]:
+    """Learn or score, or reuse the result of the same inputs, and measure own allocations.
 
-    An interrupted run goes on where it ended.
+    An interrupted run resumes.
     """
     torch.set_num_threads(max(1, int(sweep.resources.cpu)))
     device = trial_device(sweep)
@@ -129,7 +129,8 @@ def learn_once(
     train = open_split(sweep, dense, "train")
     val = open_split(sweep, dense, "val") if learns else train
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{pruner.name}-{identity(sweep, dense, pruner, train, val)[:24]}.safetensors"
+    digest = learning_digest(sweep, dense, pruner, train, val)
+    path = folder / f"{pruner.name}-{digest[:24]}.safetensors"
     reused = path.exists()
     if reused:
         learned = Learned.load(path)
@@ -155,11 +156,13 @@ def learn_once(
         reused=reused,
         learns=learns,
     )
-    return run, own_shares(pruner, dense.shape(), learned.scores, step.max_share)
+    return run, own_allocation(pruner, dense.shape(), learned.scores, step.max_share)
 
 
-def identity(sweep: Sweep, dense: PrunableViT, pruner: Pruner, train: Images, val: Images) -> str:
-    """SHA-256 of everything that decides what is learned: method, model, images, their order."""
+def learning_digest(
+    sweep: Sweep, dense: PrunableViT, pruner: Pruner, train: Images, val: Images
+) -> str:
+    """Return the SHA-256 of all inputs of learning: method, model, images, their order."""
     decisive = {
         "method": pruner.name,
         "options": pruner.options(),

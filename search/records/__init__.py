@@ -1,1 +1,1 @@
-"""What has happened in a sweep: its ledger, its trials, its front."""
+"""Records of a sweep: its ledger, its trials, its front."""

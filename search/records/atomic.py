@@ -1,4 +1,4 @@
-"""What happens when a sweep's directory cannot be written to: the sweep stops, by name."""
+"""Errors of writing to a sweep's directory, which stop the sweep and name it."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from search.sweep.spec import Constraints
+from search.sweep.parts import Constraints
 
 
 def violations(

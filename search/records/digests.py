@@ -14,6 +14,8 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
+from search.records.typed import JsonObject
+
 DAMAGE = (
     OSError,
     ValueError,
@@ -54,13 +56,13 @@ def sealed(values: Mapping[str, Any]) -> str:
     return json.dumps({**values, "digest": json_digest(values)})
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
+def read_sealed(path: Path) -> JsonObject:
     """Return what such a file holds, without the digest.
 
     Raises:
         DAMAGE: Any of these, if the file is absent or not what was written.
     """
-    values: dict[str, Any] = json.loads(path.read_text())
+    values: JsonObject = json.loads(path.read_text())
     if values.pop("digest") != json_digest(values):
         raise ValueError(f"{path} is not what was written: its digest is another one")
     return values

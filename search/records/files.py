@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
+from pruners.model.files import replace_file
 from search.records.front import COSTS, REFERENCE, Front, cost_of_record
 from search.records.trial_record import TrialRecord
+from search.records.typed import JsonObject, typed
 
 DONE = "done"
 """File of a sweep's directory that says that it is finished."""
@@ -46,7 +46,6 @@ MEMBER_KEYS = (
     "checkpoint",
 )
 _SHOWN = ("val_top1", "gmacs", "effective_gmacs", "params", "density", "images_per_s")
-T = TypeVar("T")
 _RECORDS = TypeAdapter(list[TrialRecord])
 _NAMES = TypeAdapter(list[str])
 _JSON_COLUMNS = ("parameters", "plan", "shape", "history", "by_class")
@@ -56,7 +55,7 @@ _SCHEMA = pa.schema(
 )
 
 
-def front_json(front: Front) -> dict[str, Any]:
+def front_json(front: Front) -> JsonObject:
     """Return a front as the values of `front.json`."""
     return {
         "cost": front.cost,
@@ -70,7 +69,8 @@ def front_json(front: Front) -> dict[str, Any]:
 
 def write_front(path: Path, front: Front) -> None:
     """Write `front.json`."""
-    _replace(path, (json.dumps(front_json(front), indent=1) + "\n").encode())
+    content = json.dumps(front_json(front), indent=1) + "\n"
+    replace_file(path, lambda temporary: temporary.write_text(content))
 
 
 def read_front(path: Path) -> Front:
@@ -85,12 +85,16 @@ def read_front(path: Path) -> Front:
     try:
         values = json.loads(path.read_text())
         rows = [{"status": "finished", **member} for member in values["front"]]
-        dense, *members = _checked(_RECORDS, [{"status": "dense", **values["dense"]}, *rows])
+        dense, *members = typed(_RECORDS, [{"status": "dense", **values["dense"]}, *rows])
         cost, volume = values["cost"], float(values["hypervolume"])
         _check_shown(cost, [dense, *members])
-        classes = tuple(_checked(_NAMES, values["classes"]))
+        classes = typed(_NAMES, values["classes"])
         return Front(
-            cost=cost, hypervolume=volume, dense=dense, members=tuple(members), classes=classes
+            cost=cost,
+            hypervolume=volume,
+            dense=dense,
+            members=tuple(members),
+            classes=tuple(classes),
         )
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is no front ({error}); give what a sweep wrote") from error
@@ -103,7 +107,7 @@ def write_trials(path: Path, records: Sequence[TrialRecord]) -> None:
         row |= {column: json.dumps(row[column]) for column in _JSON_COLUMNS}
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), sink)
-    _replace(path, sink.getvalue().to_pybytes())
+    replace_file(path, lambda temporary: temporary.write_bytes(sink.getvalue().to_pybytes()))
 
 
 def read_trials(path: Path) -> list[TrialRecord]:
@@ -120,27 +124,14 @@ def read_trials(path: Path) -> list[TrialRecord]:
             rows = file.read(use_threads=False).to_pylist()
         for row in rows:
             row |= {column: json.loads(row[column]) for column in _JSON_COLUMNS}
-        return _checked(_RECORDS, rows)
+        return typed(_RECORDS, rows)
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is no table of trials ({reason})") from error
 
 
-def _checked(kind: TypeAdapter[list[T]], values: list[Any]) -> list[T]:
-    """Return values of the right types.
-
-    Raises:
-        ValueError: For the first that is not, in one line.
-    """
-    try:
-        return kind.validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{first['loc']}: {first['msg']}") from error
-
-
 def _check_shown(cost: str, records: Sequence[TrialRecord]) -> None:
-    """Check that what a front shows is there.
+    """Check that a front has all that is shown of it.
 
     Raises:
         ValueError: If it is not.
@@ -154,11 +145,5 @@ def _check_shown(cost: str, records: Sequence[TrialRecord]) -> None:
             raise ValueError(f"{cost} of trial {record.trial} is not above 0")
 
 
-def _member(record: TrialRecord) -> dict[str, Any]:
+def _member(record: TrialRecord) -> JsonObject:
     return {key: getattr(record, key) for key in MEMBER_KEYS}
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

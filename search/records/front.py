@@ -71,7 +71,7 @@ def build_front(records: Sequence[TrialRecord], cost: str, classes: tuple[str, .
 
 
 def cost_of_record(record: TrialRecord, cost: str) -> float:
-    """Return what a trial costs: GMACs, or milliseconds per image."""
+    """Return the cost of a trial: GMACs, or milliseconds per image."""
     return float(getattr(record, "latency_ms" if cost == "latency" else cost))
 
 

@@ -1,4 +1,4 @@
-"""What a sweep changed on the front that it started from."""
+"""Changes that a sweep made to the front that it started from."""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from search.records.typed import JsonObject
+
 CHECK = "crc32"
 """Key of a line's checksum, its last."""
 
@@ -41,7 +43,7 @@ class Journal:
             file.write(_line(values))
         self._writable = True
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self) -> list[JsonObject]:
         """Return all lines.
 
         Raises:
@@ -49,7 +51,7 @@ class Journal:
         """
         return [values for values, _ in self.read_from(0)]
 
-    def read_from(self, start: int) -> list[tuple[dict[str, Any], int]]:
+    def read_from(self, start: int) -> list[tuple[JsonObject, int]]:
         """Return the lines behind a place, each with the place behind it.
 
         Args:
@@ -68,9 +70,9 @@ class Journal:
         next(ends)
         return [(self._parsed(line), end) for line, end in zip(lines, ends, strict=True)]
 
-    def _parsed(self, line: bytes) -> dict[str, Any]:
+    def _parsed(self, line: bytes) -> JsonObject:
         try:
-            values: dict[str, Any] = json.loads(line)
+            values: JsonObject = json.loads(line)
             del values[CHECK]
             sound = _line(values) == line
         except (ValueError, KeyError, TypeError, RecursionError):

@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from pruners.model.files import replace_file, temporary_name
 from search.records.atomic import writing_to
+from search.records.typed import JsonObject
 from search.sweep.spec import SweepError, SweepFailedError
 
 LEASE = "lease"
@@ -185,29 +186,26 @@ def _is_over(folder: Path, last: Attempt, say: Callable[[str], None]) -> bool:
 
 def _create(folder: Path, attempt: Attempt) -> bool:
     """Write a new attempt; False if somebody has made that number."""
-    temporary = _write(folder, attempt)
+    path = _path(folder, attempt.number)
+    temporary = temporary_name(path)
     try:
-        os.link(temporary, _path(folder, attempt.number))  # atomic, and fails if it is there
+        temporary.write_text(json.dumps(asdict(attempt)))
+        os.link(temporary, path)  # atomic, and fails if it is there
     except FileExistsError:
         return False
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
     return True
 
 
 def _replace(folder: Path, attempt: Attempt) -> None:
-    os.replace(_write(folder, attempt), _path(folder, attempt.number))
-
-
-def _write(folder: Path, attempt: Attempt) -> Path:
-    temporary = folder / f".{attempt.number}.{socket.gethostname()}.{os.getpid()}"
-    temporary.write_text(json.dumps(asdict(attempt)))
-    return temporary
+    content = json.dumps(asdict(attempt))
+    replace_file(_path(folder, attempt.number), lambda temporary: temporary.write_text(content))
 
 
 def _read(path: Path) -> Attempt:
     try:
-        values: dict[str, Any] = json.loads(path.read_text())
+        values: JsonObject = json.loads(path.read_text())
         machine, number, start = values.pop("process")
         return Attempt(**values, process=(machine, number, start))
     except (ValueError, TypeError, KeyError) as error:

@@ -1,7 +1,7 @@
-"""What happens in a sweep, event by event, and the records that the events add up to.
+"""The write-ahead log of a sweep, and the records that its events add up to.
 
 The ledger is the sweep's only state: an event is in a file before anything builds on it, and a
-driver that starts again repeats the events to the searcher, the scheduler and the records. Ray's
+driver that starts again replays the events to the searcher, the scheduler and the records. Ray's
 own snapshots are not used: they are pickled, come every ten seconds at most, and when one cannot be
 read, Ray starts anew.
 """
@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,6 +17,7 @@ from typing import Any
 from pruners import Plan
 from search.records.atomic import writing_to
 from search.records.constraints import violated
+from search.records.events import EpochResult, Event, TrialConfig, TrialEnd, of_trial
 from search.records.growing_front import GrowingFront
 from search.records.journal import Journal
 from search.records.trial_record import TrialRecord, model_path
@@ -34,33 +33,12 @@ one. `ended`: its last status, and the front's hypervolume. `stopped`: why no mo
 for.
 """
 
-Event = dict[str, Any]
-
-METRICS = (
-    "val_top1",
-    "val_loss",
-    "train_loss",
-    "gmacs",
-    "effective_gmacs",
-    "cost_ratio",
-    "params",
-    "density",
-    "images_per_s",
-    "latency_ms",
-    "seconds",
-)
-"""Keys of a trial's result that are metrics."""
-
-RESULT = (*METRICS, "trial", "epoch", "status", "reason", "shape", "by_class")
-"""Keys of a trial's result that are kept; Ray adds its own."""
-
-
 _DAMAGE = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 """What reading a line raises that is not what was written."""
 
 
 class Ledger:
-    """The events of a sweep, and what they add up to.
+    """The events of a sweep, and the state that they add up to.
 
     Attributes:
         past: Events of earlier drivers.
@@ -112,7 +90,7 @@ class Ledger:
         if not any(event["event"] == kind for event in self.past):
             self._add(kind, **values)
 
-    def identify(self, identity: dict[str, str]) -> None:
+    def identify(self, fingerprint: Mapping[str, str]) -> None:
         """Note which model and images the sweep is about, or see that they are still the same.
 
         Raises:
@@ -120,58 +98,64 @@ class Ledger:
         """
         for event in self.past:
             if event["event"] == "identity":
-                refuse_another(event["digests"], identity, self.sweep.name)
-        self.add_once("identity", digests=identity)
+                refuse_another(event["digests"], fingerprint, self.sweep.name)
+        self.add_once("identity", digests=dict(fingerprint))
 
-    def ask(self, config: dict[str, Any]) -> None:
+    def ask(self, config: TrialConfig) -> None:
         """Note that a trial begins, with this configuration."""
-        self._add("asked", config=config)
+        self._add("asked", config=config.to_json())
 
     def stop(self, why: str) -> None:
         """Note why no more plans are asked for."""
         self._add("stopped", why=why)
 
-    def report(self, result: dict[str, Any]) -> bool:
+    def report(self, result: EpochResult) -> bool:
         """Note a trial's result after an epoch; False if it is known: it may be repeated."""
-        known = self.records[result["trial"]].history
-        if any(epoch["epoch"] == result["epoch"] for epoch in known):
+        known = self.records[result.trial].history
+        if any(epoch["epoch"] == result.epoch for epoch in known):
             return False
-        self._add("epoch", result={key: result[key] for key in RESULT})
+        self._add("epoch", result=result.to_json())
         return True
 
     def end(self, trial: str, status: str, reason: str) -> TrialRecord:
         """Note that a trial has ended."""
-        event = self._event("ended", trial=trial, status=status, reason=reason)
-        self._take(event)
+        now = self._now()  # a front takes a while
+        self._end(self.records[trial], status, reason)
         front = self.growing.front
-        event["count"] = self.ended
-        event["hypervolume"] = front.hypervolume if front else None
-        event["front_size"] = len(front.members) if front else 0
-        with writing_to(self.sweep.directory):
-            self.journal.append(event)
+        end = TrialEnd(
+            trial=trial,
+            status=status,
+            reason=reason,
+            count=self.ended,
+            hypervolume=front.hypervolume if front else None,
+            front_size=len(front.members) if front else 0,
+        )
+        self._append({"event": "ended", "time": now, **end.to_json()})
         return self.records[trial]
 
     def _add(self, kind: str, **values: Any) -> None:
-        event = self._event(kind, **values)
-        with writing_to(self.sweep.directory):
-            self.journal.append(event)
+        event = {"event": kind, "time": self._now(), **values}
+        self._append(event)
         self._take(event)
 
-    def _event(self, kind: str, **values: Any) -> Event:
-        return {"event": kind, "time": int(1000 * self.clock()), **values}
+    def _append(self, event: Event) -> None:
+        with writing_to(self.sweep.directory):
+            self.journal.append(event)
+
+    def _now(self) -> int:
+        return int(1000 * self.clock())
 
     def _take(self, event: Event) -> None:
         """Let the records follow an event."""
-        if event["event"] == "asked":
-            record = new_record(event["config"])
-            self.records[record.trial] = record
-        elif event["event"] == "epoch":
-            result = event["result"]
-            self.records[result["trial"]] = with_result(self.records[result["trial"]], result)
-            self.spent += result["epoch"] > 0  # 0 comes before any fine-tuning
-        elif event["event"] == "ended":
-            self._end(self.records[event["trial"]], event["status"], event["reason"])
-        elif event["event"] == "classes":
+        match of_trial(event):
+            case TrialConfig() as config:
+                self.records[config.trial] = new_record(config)
+            case EpochResult() as result:
+                self.records[result.trial] = with_result(self.records[result.trial], result)
+                self.spent += result.epoch > 0  # 0 comes before any fine-tuning
+            case TrialEnd() as end:
+                self._end(self.records[end.trial], end.status, end.reason)
+        if event["event"] == "classes":
             self.growing.classes = tuple(event["names"])
 
     def _end(self, record: TrialRecord, status: str, reason: str) -> None:
@@ -202,56 +186,46 @@ class Ledger:
         return dataclasses.replace(record, violates=found)
 
 
-def new_record(config: dict[str, Any]) -> TrialRecord:
+def new_record(config: TrialConfig) -> TrialRecord:
     """Return the record of a trial that has just got its configuration."""
-    if not re.fullmatch("[0-9]{4,9}", config["trial"]):  # a folder is named by it
-        raise ValueError(f"trial is {config['trial']!r}; give a number of four digits")
-    values = json.loads(config["plan"])
+    values = json.loads(config.plan)
     plan = Plan.from_json(values)
     methods = "+".join(step.pruner.name for step in plan.steps if step.active) or "dense"
-    ratio = config["cost_ratio"]
     return TrialRecord(
-        trial=config["trial"],
-        name=f"{config['trial']} {methods}"
-        + (f" {ratio:.2f}x" if methods != "dense" else "")
-        + (f" ({config['origin']} {config['of']})" if config["of"] else ""),
+        trial=config.trial,
+        name=f"{config.trial} {methods}"
+        + (f" {config.cost_ratio:.2f}x" if methods != "dense" else "")
+        + (f" ({config.origin} {config.of})" if config.of else ""),
         status="running",
-        origin=config["origin"],
-        of=config["of"],
-        seed=config["seed"],
-        parameters=config["parameters"],
+        origin=config.origin,
+        of=config.of,
+        seed=config.seed,
+        parameters=config.parameters,
         methods=methods,
-        cost_ratio=ratio,
+        cost_ratio=config.cost_ratio,
         plan=values,
         plan_line=plan.describe(),
     )
 
 
-def with_result(record: TrialRecord, result: dict[str, Any]) -> TrialRecord:
+def with_result(record: TrialRecord, result: EpochResult) -> TrialRecord:
     """Return a record with one more epoch."""
-    metrics = {key: float(result[key]) for key in METRICS}
-    finite = {key: value for key, value in metrics.items() if math.isfinite(value)}
     return dataclasses.replace(
         record,
-        status=result["status"],
-        reason=result["reason"],
-        epochs=result["epoch"],
-        shape=json.loads(result["shape"]),
-        history=[*record.history, {"epoch": result["epoch"], **finite}],
-        **{
-            key: result[key]
-            for key in (
-                "val_top1",
-                "by_class",
-                "gmacs",
-                "effective_gmacs",
-                "params",
-                "density",
-                "images_per_s",
-                "latency_ms",
-                "seconds",
-            )
-        },
+        status=result.status,
+        reason=result.reason,
+        epochs=result.epoch,
+        val_top1=result.val_top1,
+        by_class=result.by_class,
+        gmacs=result.gmacs,
+        effective_gmacs=result.effective_gmacs,
+        params=result.params,
+        density=result.density,
+        images_per_s=result.images_per_s,
+        latency_ms=result.latency_ms,
+        shape=json.loads(result.shape),
+        seconds=result.seconds,
+        history=[*record.history, {"epoch": result.epoch, **result.finite()}],
     )
 
 
@@ -272,7 +246,7 @@ def _active_ms(events: list[Event]) -> int:
 
 
 def refuse_another(began: Mapping[str, str], now: Mapping[str, str], name: str) -> None:
-    """Refuse to go on with another model or other images than a sweep began with.
+    """Refuse to resume a sweep with another model or other images than it began with.
 
     Raises:
         SweepError: For the first that has changed.

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from search.records.trial_record import TrialRecord
 
 ENDS = {"stopped": "stopped early", "failed": "failed"}
-"""Statuses of trials that did not come to their end, in words."""
+"""Statuses of trials that did not finish, in words."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reason:
-    """Why some trials did not come to their end.
+    """Why some trials did not finish.
 
     Attributes:
         end: Which end that was.
@@ -27,14 +27,14 @@ class Reason:
 
 
 def counts(records: Sequence[TrialRecord]) -> str:
-    """Say how many trials came to which end."""
+    """Say how many trials have which status."""
     statuses = ("finished", "stopped", "failed", "running")
     found = [(sum(r.status == status for r in records), status) for status in statuses]
     return ", ".join(f"{count} {status}" for count, status in found if count)
 
 
 def reasons(records: Sequence[TrialRecord]) -> list[Reason]:
-    """Return why trials did not come to their end: failures first, then the commonest first."""
+    """Return why trials did not finish: failures first, then the commonest first."""
     found: dict[tuple[str, str], list[str]] = {}
     for record in records:
         if record.status in ENDS:

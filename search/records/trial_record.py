@@ -1,14 +1,19 @@
-"""What came of one trial, and where its model lies."""
+"""The record of one trial, and where its model lies."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
+from search.records.typed import JsonObject
+
 MODELS = "models"
 """Folder of a sweep's directory that holds a folder for each trial."""
+
+Parameters = dict[str, float | bool | str]
+"""What was sampled, by name."""
 
 TrialName = Annotated[str, Field(pattern=r"^[0-9]{4,9}$")]
 """Name of a trial, which its folder bears."""
@@ -19,7 +24,7 @@ ModelPath = Annotated[str, Field(pattern=r"^(models/[0-9]{4,9}/epoch-[0-9]{4,9})
 
 @dataclass(frozen=True, kw_only=True)
 class TrialRecord:
-    """What came of one trial.
+    """Plan and results of one trial.
 
     Attributes:
         trial: Number of the trial, four digits.
@@ -69,7 +74,7 @@ class TrialRecord:
     origin: str
     of: str = ""
     seed: int = 0
-    parameters: dict[str, Any] = field(default_factory=dict)
+    parameters: Parameters = field(default_factory=dict)
     methods: str
     epochs: int = 0
     spent: int = 0
@@ -87,9 +92,9 @@ class TrialRecord:
     images_per_s: float | None = None
     latency_ms: float | None = None
     violates: str = ""
-    plan: dict[str, Any]
+    plan: JsonObject
     plan_line: str
-    shape: dict[str, Any] = field(default_factory=dict)
+    shape: JsonObject = field(default_factory=dict)
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
     checkpoint: ModelPath = ""

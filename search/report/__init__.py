@@ -1,1 +1,1 @@
-"""What people see: lines, tables, pictures, pages."""
+"""Output for people: lines, tables, pictures, pages."""

@@ -1,4 +1,4 @@
-"""What a front's members gain and lose of each class's accuracy: who pays for the saving."""
+"""Accuracy of each class before and after pruning: the classes that pay for the saving."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ClassChanges:
 
 
 def class_changes(front: Front) -> ClassChanges | None:
-    """Return what a front changed of each class's top-1; None if it is not known."""
+    """Return the change of each class's top-1 on a front; None if it is not known."""
     members = tuple(m for m in front.members if m.by_class)
     if not members or not front.dense.by_class:
         return None
@@ -96,7 +96,7 @@ def draw_classes(front: Front, changes: ClassChanges) -> Figure:
 
 
 def label(name: str) -> str:
-    """Return a class's name as a picture has it: cut if it is long, and no formula."""
+    """Return a class's name for a picture: shortened, with `$` escaped."""
     short = name if len(name) <= _LONGEST else name[: _LONGEST - 1] + "…"
     return short.replace("$", r"\$")
 

@@ -24,7 +24,7 @@ from search.report.page import interactive, page, still
 from search.report.pictures import SHARE, draw_fronts
 
 COLUMNS = ("sweep", "hypervolume", "change", "members", "points won", "points lost")
-"""Of the table; what is won and lost is against the first sweep."""
+"""Columns of the table; points are won and lost against the first sweep."""
 
 SAME_TOP1 = 0.5
 """Points by which the same dense model may differ in top-1, measured on another device."""
@@ -100,7 +100,7 @@ def rows(fronts: Mapping[str, Front]) -> list[tuple[str, ...]]:
         if front is not first:
             if against.before:
                 cells[2] = f"{100 * (against.after / against.before - 1):+.1f} %"
-            cells[4:] = [_said(against.gained), _said(against.lost)]
+            cells[4:] = [_named(against.gained), _named(against.lost)]
         found.append(tuple(cells))
     return found
 
@@ -120,12 +120,12 @@ def fronts_figure(fronts: Mapping[str, Front]) -> go.Figure:
     return figure
 
 
-def _said(trials: tuple[str, ...]) -> str:
+def _named(trials: tuple[str, ...]) -> str:
     return f"{len(trials)}: {', '.join(trials)}" if trials else "0"
 
 
 def _refuse_another(first: str, model: Front, name: str, front: Front) -> None:
-    """Refuse a front whose hypervolume would mean something else.
+    """Refuse a front whose hypervolume cannot be compared.
 
     Raises:
         ValueError: If it counts another cost, or its dense model is another.

@@ -1,4 +1,4 @@
-"""How a still picture becomes a file: PNG, or SVG whose lines and words take a page's colours."""
+"""Writes still pictures: as PNG, or as SVG whose lines and words take a page's colours."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pruners.model.files import replace_file
 from search.records.trial_record import TrialRecord
 
 FRONT, REST, DENSE = "#d1495b", "#9aa5b1", "#2f80c3"
-"""Colours of the front, of what it dominates and of the dense model, on light and on dark paper."""
+"""Colours of front, dominated trials and dense model, on light and on dark paper."""
 
 SERIES = (
     "#d1495b",
@@ -33,7 +33,7 @@ SERIES = (
 """Colours that can be told apart, on light and on dark paper."""
 
 INK, PALE = "#1f2933", "#c3cad1"
-"""Colours of words and of frames; in a page they are its own."""
+"""Colours of words and of frames; in a page, its variables `--ink` and `--pale`."""
 
 _PAGE = {INK: "var(--ink)", PALE: "var(--pale)"}
 
@@ -86,7 +86,7 @@ def write_png(figure: Figure, path: Path) -> None:
 def svg(figure: Figure) -> str:
     """Return an SVG element without paper, whose words and frames have a page's colours.
 
-    The page says them as `--ink` and `--pale`.
+    The page defines them as `--ink` and `--pale`.
     """
     stream = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "prunefront"}):

@@ -1,4 +1,4 @@
-"""The interactive plot of a front: whoever hovers over a point reads its plan."""
+"""The interactive plot of a front: hovering over a point shows its plan."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def front_figure(
     budget: tuple[float, float] | None = None,
     aliases: Sequence[float] = (),
 ) -> go.Figure:
-    """Plot top-1 against cost: the dense model, the front, and what it dominates.
+    """Plot top-1 against cost: the dense model, the front, and the dominated trials.
 
     Args:
         front: The front.
         records: All trials; those that were stopped or failed are not drawn.
-        budget: Range of costs that was searched, as shares of the dense model's. It is one of
-            MACs, so it is not drawn where the cost is time.
-        aliases: Budgets, as shares of the dense cost, that a name in MLflow's registry stands for.
+        budget: Searched range of MACs, as shares of the dense model's; not drawn where the cost
+            is time.
+        aliases: Budgets of aliases in MLflow's registry, as shares of the dense cost.
     """
     rest = dominated(front, records)
     figure = go.Figure(
@@ -104,7 +104,7 @@ def trace(
     steps: bool = False,
     unit: float = 1.0,
 ) -> go.Scatter:
-    """Return models of a sweep as points that say their plans.
+    """Return models of a sweep as points with their plans.
 
     Args:
         front: The sweep's front.
@@ -114,14 +114,14 @@ def trace(
         size: Of the points, in pixels.
         symbol: Plotly's name of their shape.
         opacity: Of the points.
-        steps: Whether a line joins them, as what is reached at most at a cost.
-        unit: What costs are divided by.
+        steps: Whether a step function joins them.
+        unit: Divisor of the costs.
     """
     costs, tops = points(front, records)
     return go.Scatter(
         x=[float(f"{cost / unit:.5g}") for cost in costs],
         y=[round(top, 3) for top in tops],
-        customdata=[_said(front, record) for record in records],
+        customdata=[_hover_values(front, record) for record in records],
         hovertemplate=_HOVER,
         name=html.escape(name),
         mode="lines+markers" if steps else "markers",
@@ -153,8 +153,8 @@ def lay_out(figure: go.Figure, cost: str) -> None:
         update(gridcolor=GREY.format(0.25), linecolor=GREY.format(0.6), zeroline=False)
 
 
-def _said(front: Front, record: TrialRecord) -> list[str | float]:
-    """Return what `_HOVER` says of a model."""
+def _hover_values(front: Front, record: TrialRecord) -> list[str | float]:
+    """Return the values of a model that `_HOVER` shows."""
     test = f", test {record.test_top1:.1f} %" if record.test_top1 is not None else ""
     ms = f", {record.latency_ms:.3g} ms" if record.latency_ms is not None else ""
     return [

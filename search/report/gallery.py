@@ -1,4 +1,4 @@
-"""The still pictures of a sweep, by name: what MLflow, a report and a folder of files show."""
+"""The still pictures of a sweep, by name, for MLflow, reports and folders of files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What plans kept of each block, as shares of the dense model and as pictures."""
+"""Shares of each block that plans keep, and their pictures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PANELS = {
     "tokens": "tokens",
     "weights": "weights",
 }
-"""What is shown of each block, and the family whose methods take it away."""
+"""Panels of a picture, and their titles: the family of methods, and the kind of unit it cuts."""
 
 MOST = 15
 """Members of a front that a picture shows."""
@@ -31,7 +31,7 @@ _COLORS = "YlGnBu"
 
 
 def draw_kept(front: Front) -> Figure:
-    """Draw what each member kept of each block: heads, neurons, tokens and weights."""
+    """Draw the shares of each block that members keep: heads, neurons, tokens and weights."""
     members = spread(front.members, MOST) or [front.dense]
     blocks = len(front.dense.shape["blocks"])
     columns = len(PANELS) if blocks <= _FEW else 2
@@ -61,7 +61,7 @@ def draw_kept(front: Front) -> Figure:
 
 
 def draw_plan(shape: Mapping[str, Any], dense: Mapping[str, Any]) -> Figure:
-    """Draw what one plan kept of each block.
+    """Draw the shares of each block that one plan keeps.
 
     It is small, and laid out by hand: a sweep draws one for each trial.
 
@@ -120,7 +120,7 @@ def _density(shape: Mapping[str, Any], block: Mapping[str, Any], index: int) -> 
 
 
 def _table(figure: Figure, axes: Axes, kept: NDArray[np.float64]) -> AxesImage:
-    """Draw shares [rows, blocks] as coloured cells, with percentages where something is gone."""
+    """Draw shares [rows, blocks] as coloured cells, with percentages but for those of 100."""
     image = axes.imshow(kept, cmap=_COLORS, vmin=0.0, vmax=1.0, aspect="auto")
     for (row, column), share in np.ndenumerate(kept):
         if (text := f"{100 * share:.0f}") != "100":

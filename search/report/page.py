@@ -1,6 +1,6 @@
 """The frame of a page: one file, readable on dark and on light paper, and printed.
 
-What is put into a page is escaped, but for what is marked as HTML.
+Values are escaped, unless marked as HTML.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def page(template: str, **values: Any) -> str:
 
     Args:
         template: A Jinja template that extends "frame" and fills its blocks `body` and `style`.
-        values: What it names, `title` among it.
+        values: The template's variables, `title` among them.
     """
     environment = Environment(
         autoescape=True,

@@ -23,7 +23,7 @@ SHARE = {
     "gmacs": "MACs, share of the dense model's",
     "latency": "time per image, share of the dense model's",
 }
-"""What costs are called, as they are and as shares."""
+"""Labels of cost axes: absolute, and as shares of the dense model's."""
 
 
 def draw_front(front: Front, records: Sequence[TrialRecord]) -> Figure:
@@ -86,7 +86,7 @@ def draw_growth(front: Front, records: Sequence[TrialRecord]) -> Figure:
 def draw_methods(front: Front, records: Sequence[TrialRecord]) -> Figure:
     """Draw the front that each combination of methods reached by itself, the best eight.
 
-    What is on the overall front is ringed.
+    Members of the overall front are ringed.
     """
     figure = blank(8, 5.4)
     axes = figure.add_subplot()
@@ -152,7 +152,7 @@ def shares(front: Front) -> tuple[list[float], list[float]]:
 
 
 def _draw_steps(axes: Axes, name: str, front: Front, color: str) -> None:
-    """Draw a front as what is reached at most at a cost, up to the dense model's."""
+    """Draw a front as a step function of cost, up to the dense model's."""
     costs, tops = shares(front)
     label = f"{front.hypervolume:.4f}  {name}"
     line = ([*costs, max(1.0, costs[-1])], [*tops, tops[-1]]) if costs else ([], [])
@@ -161,7 +161,7 @@ def _draw_steps(axes: Axes, name: str, front: Front, color: str) -> None:
 
 
 def _apart(front: Front, gap: float = 0.035) -> list[TrialRecord]:
-    """Return members whose names do not run into each other, the dearest one among them."""
+    """Return members whose labels do not overlap, the dearest among them."""
     chosen: list[TrialRecord] = []
     for member in reversed(front.members):
         if not chosen or cost_ratio(front, chosen[-1]) - cost_ratio(front, member) > gap:
@@ -170,7 +170,7 @@ def _apart(front: Front, gap: float = 0.035) -> list[TrialRecord]:
 
 
 def _finish(figure: Figure, axes: Axes, title: str = "") -> None:
-    """Add a grid, and below the axes what is what."""
+    """Add a grid, and a legend below the axes."""
     axes.grid(color=PALE, alpha=0.5)
     plain(axes)
     handles, _ = axes.get_legend_handles_labels()

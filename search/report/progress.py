@@ -1,4 +1,4 @@
-"""What a person sees while a sweep runs, and the table of its front."""
+"""Progress lines of a running sweep, and the table of its front."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ COLUMNS = (
     "density",
     "images/s",
 )
-"""Of the front's table."""
+"""Columns of the front's table."""
 
 HEARTBEAT_S = 30.0
 """Longest silence while methods learn or trials run, in seconds."""
 
 
 class Progress:
-    """Prints a line per trial that ends, and now and then one that says what is running.
+    """Prints a line per trial that ends, and now and then one with the running trials.
 
     Plain lines in any case: they read as well in a job's log as in a terminal.
     """
@@ -57,33 +57,33 @@ class Progress:
         self.trouble = ""
 
     def learning(self, labels: list[str]) -> None:
-        """Say that methods learn before the first trial, and which."""
+        """Print the methods that learn before the first trial."""
         self._say(f"learning once for all trials: {', '.join(labels)}")
 
     def still_learning(self, labels: list[str]) -> None:
-        """Say that the sweep is alive, and what it waits for."""
+        """Print the methods that are still learning."""
         took = duration(self.clock() - self.start)
         self._say(f"  learning for {took}, not done: {', '.join(labels)}")
 
     def learned(self, line: str) -> None:
-        """Print what came of a learning run."""
+        """Print the line of a learning run."""
         self._say(f"  {line}")
 
     def tuning_elastic(self) -> None:
-        """Say that the dense model is tuned before the first trial."""
+        """Print that the elastic start is tuned before the first trial."""
         self._say("elastic start: tuning the dense model with plans of this sweep")
 
     def still_tuning_elastic(self) -> None:
-        """Say that the sweep is alive."""
+        """Print for how long the elastic start has been tuned."""
         self._say(f"  tuning for {duration(self.clock() - self.start)}")
 
     def stopped(self, why: str) -> None:
-        """Say why no more plans were tried, where that was not their number."""
+        """Print the reason why the search stopped, unless all trials were run."""
         if why and why != f"{self.trials} trials":
             self._say(f"no more plans: {why}")
 
     def registered(self, lines: Sequence[str]) -> None:
-        """Say what the front is in MLflow's model registry."""
+        """Print the lines of the front's registration in MLflow."""
         for line in lines:
             self._say(line)
 
@@ -104,7 +104,7 @@ class Progress:
         self.running[record.trial] = record
 
     def goes_on(self, record: TrialRecord, reason: str) -> None:
-        """Say that a trial goes on in another process, and why."""
+        """Print that a trial resumes in another process, and the reason."""
         self._say(f"{self._count()} {record.name} goes on elsewhere: {reason}")
 
     def ended_with(self, record: TrialRecord, front: Front | None) -> None:
@@ -116,7 +116,7 @@ class Progress:
             self._say(f"{' ' * len(self._count())} front: {front_line(front)}")
 
     def tick(self, trouble: str = "") -> None:
-        """Print what is running if nothing was printed for a while.
+        """Print the running trials if nothing was printed for a while.
 
         Args:
             trouble: Why MLflow lags behind, which is said once; empty if it does not.
@@ -149,7 +149,7 @@ class Progress:
 
 
 def headline(sweep: Sweep, dense_cost: int) -> str:
-    """Say what a sweep searches.
+    """Return a sweep's headline: name, trials, epochs, steps and budget.
 
     Args:
         sweep: The sweep.
@@ -163,7 +163,7 @@ def headline(sweep: Sweep, dense_cost: int) -> str:
 
 
 def trial_line(record: TrialRecord) -> str:
-    """Say what came of a trial."""
+    """Return the line of a trial that has ended."""
     if record.status in ("finished", "dense"):
         return (
             f"{record.name}: val {record.val_top1:.1f} %, {record.gmacs:.4g} GMACs "
@@ -174,7 +174,7 @@ def trial_line(record: TrialRecord) -> str:
 
 
 def front_line(front: Front) -> str:
-    """Say the front in one line: cost and accuracy of each member, and the hypervolume."""
+    """Return the front in one line: cost and accuracy of each member, and the hypervolume."""
     points = ", ".join(
         f"{cost_ratio(front, member):.2f}x {member.val_top1:.1f} %" for member in front.members
     )
@@ -231,7 +231,7 @@ def duration(seconds: float) -> str:
 
 
 def cells(front: Front, record: TrialRecord) -> tuple[str, ...]:
-    """Return what a row of the front's table says, in the order of `COLUMNS`."""
+    """Return the cells of a row of the front's table, in the order of `COLUMNS`."""
     test = f"{record.test_top1:.1f}" if record.test_top1 is not None else "-"
     return (
         record.trial if record.origin != "dense" else "dense",

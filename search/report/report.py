@@ -174,10 +174,10 @@ def write_report(directory: Path, out: Path, pictures: Path | None = None) -> No
 
 
 def masks_by_class(directory: Path) -> dict[str, dict[str, NDArray[np.float64]]]:
-    """Return step -> site -> how much each class needs each unit, [classes, units].
+    """Return step -> site -> mask of each unit for each class, [classes, units].
 
-    Steps whose method does not learn that are left out. Of a step that learned for several budgets
-    the first counts: masks come before the budget.
+    Steps whose method learns no such masks are left out. Of a step that learned for several
+    budgets the first counts: masks do not depend on the budget.
 
     Raises:
         ValueError: If a file is damaged.

@@ -1,4 +1,4 @@
-"""Which units serve which classes, as X-Pruner's masks say it."""
+"""Picture of X-Pruner's class-wise masks: the units that serve each class."""
 
 from __future__ import annotations
 

@@ -12,12 +12,12 @@ from pruners.model.sites import kind_of
 from pruners.model.types import Scores
 
 GRID = 0.025
-"""Distance of the budgets at which a method is asked, as a share of the dense cost."""
+"""Distance of the budgets at which allocations are measured, as a share of the dense cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnShares:
-    """Shares that a method itself proposes, from nothing cut to everything that may go.
+class Allocation:
+    """A method's own layer-wise allocation at every budget, from nothing cut to all that may go.
 
     Attributes:
         budgets: [G], ascending from 0 to 1, of effective MACs as shares of the dense model's.
@@ -28,7 +28,7 @@ class OwnShares:
     shares: dict[str, NDArray[np.float64]]
 
     def at(self, budget: float) -> dict[str, float]:
-        """Return site -> share at a budget, linear between the budgets that were asked."""
+        """Return site -> share at a budget, linear between those of the grid."""
         place = int(np.clip(np.searchsorted(self.budgets, budget), 1, len(self.budgets) - 1))
         low, high = self.budgets[place - 1], self.budgets[place]
         weight = float(np.clip((budget - low) / (high - low), 0.0, 1.0))
@@ -38,14 +38,14 @@ class OwnShares:
         }
 
 
-def own_shares(pruner: Pruner, shape: ViTShape, scores: Scores, max_share: float) -> OwnShares:
-    """Ask a method for its allocations at budgets from 1 down to the least that it reaches alone.
+def own_allocation(pruner: Pruner, shape: ViTShape, scores: Scores, max_share: float) -> Allocation:
+    """Measure a method's allocations at budgets from 1 down to the least that it reaches alone.
 
     Args:
         pruner: The method.
         shape: Shape of the dense model.
         scores: The method's scores of it.
-        max_share: What a site may lose at most; more only where the method removes it whole.
+        max_share: Largest share of a site; more only where the method removes it whole.
     """
     macs, sites = cost_of(shape).effective_macs, pruner.sites(shape)
     budgets, rows = [1.0], [dict.fromkeys(sites, 0.0)]
@@ -60,17 +60,17 @@ def own_shares(pruner: Pruner, shape: ViTShape, scores: Scores, max_share: float
     budgets.append(0.0)
     rows.append(
         {site: max(rows[-1][site], _most(site, max_share)) for site in sites}
-    )  # what is left when even that is too much
-    return OwnShares(
+    )  # beyond the least that the method reaches alone
+    return Allocation(
         budgets=np.array(budgets[::-1]),
         shares={site: np.array([row[site] for row in rows[::-1]]) for site in sites},
     )
 
 
-def everything(pruner: Pruner, shape: ViTShape, max_share: float) -> OwnShares:
-    """Return what says how far a method can go, of which no scores are known yet."""
+def unscored_allocation(pruner: Pruner, shape: ViTShape, max_share: float) -> Allocation:
+    """Return the allocation of an unscored method: every site alike."""
     sites = pruner.sites(shape)
-    return OwnShares(
+    return Allocation(
         budgets=np.array([0.0, 1.0]),
         shares={site: np.array([_most(site, max_share), 0.0]) for site in sites},
     )
@@ -81,5 +81,5 @@ def _allowed(share: float, max_share: float) -> float:
 
 
 def _most(site: str, max_share: float) -> float:
-    """Largest share of a site: a block goes only where the method itself removes it."""
+    """Return the largest share of a site: a block goes only where the method itself removes it."""
     return 0.0 if kind_of(site) == "block" else max_share

@@ -1,4 +1,4 @@
-"""Meeting a budget: scales are turned until a plan's cost is what was asked for."""
+"""Meeting a budget: groups of sites are scaled by bisection until a plan's cost is close to it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pruners import Plan
 
 TOLERANCE = 0.01
-"""Distance from the budget, as a share of it, within which what is sampled stays as it is."""
+"""Distance from the budget, as a share of it, within which sampled shares are not scaled."""
 
 CLOSE = 0.001
 """Distance, as a share of it, at which the search for a plan that meets a budget ends."""
@@ -26,18 +26,18 @@ Planner = Callable[[Mapping[Group, float]], Costed]
 """Positions of all groups, in 0..1 -> the plan there. Costs fall as positions rise."""
 
 
-def meet(
+def meet_budget(
     groups: Sequence[Group], plan_at: Planner, budget: float, low: float, high: float
 ) -> list[Costed]:
     """Return plans whose costs are close to a budget, on both sides of it.
 
-    First everything is turned together. Where that jumps over the budget (units and tokens are
-    whole), one group of sites alone cuts what is missing, the finest that comes close enough.
+    First all groups are scaled together. Where that jumps over the budget (units and tokens are
+    whole), one group alone cuts the rest, the finest that comes close enough.
 
     Args:
-        groups: What can be turned, coarse ones first.
-        plan_at: Makes the plans. At 1/2 a plan is what was sampled, and stays so if it is within
-            `TOLERANCE` of the budget.
+        groups: Groups of sites that can be scaled, coarse ones first.
+        plan_at: Makes the plans. At 1/2 a plan has the sampled shares, and keeps them if it is
+            within `TOLERANCE` of the budget.
         budget: Cost to meet.
         low: Least cost that counts as met.
         high: Largest one.
@@ -57,7 +57,7 @@ def meet(
 
 @dataclass(frozen=True, kw_only=True)
 class _Halving:
-    """What turning some groups found: one plan that meets the budget, or those around it."""
+    """Result of a bisection: one plan that meets the budget, or those around it."""
 
     plans: list[Costed]
     met: bool = False
@@ -75,7 +75,7 @@ class _Target:
     def halve(
         self, positions: Mapping[Group, float], moved: Sequence[Group], start: float
     ) -> _Halving:
-        """Turn some groups, from a position up to 1, until the cost meets the budget."""
+        """Bisect the position of some groups, from a start to 1, until the budget is met."""
         left, right = start, 1.0
         ends: dict[str, Costed] = {}
         above = None

@@ -1,4 +1,4 @@
-"""An order in which every beginning is spread as evenly as can be."""
+"""Farthest-first traversal: an order whose every prefix is spread as evenly as can be."""
 
 from __future__ import annotations
 

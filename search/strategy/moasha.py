@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from ray.tune.experiment import Trial
 
-from search.records.ledger import Event
+from search.records.events import EpochResult, Event, TrialConfig, TrialEnd, of_trial
 from search.strategy.fifo import InOrder
 from search.strategy.rungs import Floats, bracket_of, bracket_weights, within_band
 from search.sweep.milestones import milestones
@@ -63,8 +63,8 @@ class MoAsha(InOrder):
     early results that mislead, so their trials must not compete with survivors of these.
 
     What was decided stands: a trial that comes to a rung again, because its process died or the
-    sweep was continued, hears what it heard before. What earlier drivers decided follows from the
-    sweep's ledger (`repeat`): results are compared in the order in which they came.
+    sweep was resumed, hears what it heard before. What earlier drivers decided follows from the
+    sweep's ledger (`replay`): results are compared in the order in which they came.
     """
 
     def __init__(self, *, epochs: int, first: int, eta: float, brackets: int) -> None:
@@ -97,7 +97,7 @@ class MoAsha(InOrder):
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         """Count a trial's results again if it failed and is to run once more.
 
-        Ray calls this also for trials of a continued sweep that have ended.
+        Ray calls this also for trials of a resumed sweep that have ended.
         """
         if trial.status == Trial.PENDING:
             self.failed.discard(trial.config["trial"])
@@ -112,11 +112,15 @@ class MoAsha(InOrder):
         Raises:
             ValueError: If a value that is needed is missing, or not finite in a running trial.
         """
-        return self.CONTINUE if self._goes_on(trial.config, result) else self.STOP
+        config = TrialConfig.from_json(trial.config)
+        if config.origin in NEVER_STOPPED:
+            return self.CONTINUE
+        return self.CONTINUE if self.continues(EpochResult.from_report(result)) else self.STOP
 
     def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
         """Count a trial no more if it ended because it failed."""
-        self._end(trial.config["trial"], result)
+        if result.get("status") == "failed":
+            self.failed.add(trial.config["trial"])
 
     def debug_string(self) -> str:
         """Return the rungs in a line: how many came, and how many of them went on."""
@@ -128,36 +132,35 @@ class MoAsha(InOrder):
             f"MO-ASHA, bracket/epoch: {', '.join(rungs) or 'no rungs'}; {len(self.failed)} failed"
         )
 
-    def repeat(self, events: Sequence[Event]) -> None:
+    def replay(self, events: Sequence[Event]) -> None:
         """Decide again what earlier drivers decided."""
-        configs: dict[str, dict[str, Any]] = {}
+        origins: dict[str, str] = {}  # trial -> where its plan comes from
         for event in events:
-            if event["event"] == "asked":
-                configs[event["config"]["trial"]] = event["config"]
-            elif event["event"] == "epoch":
-                self._goes_on(configs[event["result"]["trial"]], event["result"])
-            elif event["event"] == "ended":
-                self._end(event["trial"], event)
+            match of_trial(event):
+                case TrialConfig() as config:
+                    origins[config.trial] = config.origin
+                case EpochResult() as result if origins[result.trial] not in NEVER_STOPPED:
+                    self.continues(result)
+                case TrialEnd(status="failed") as end:
+                    self.failed.add(end.trial)
 
-    def _goes_on(self, config: dict[str, Any], result: dict[str, Any]) -> bool:
-        if config["origin"] in NEVER_STOPPED:
-            return True
-        check_result(config["trial"], result)
-        if result["status"] != "running":  # it ends by itself
-            self._end(config["trial"], result)
-            return True
-        return self._passes(config["trial"], result)
+    def continues(self, result: EpochResult) -> bool:
+        """Decide whether a trial that may be stopped at all goes on after an epoch.
 
-    def _end(self, name: str, result: dict[str, Any]) -> None:
-        if result.get("status") == "failed":
-            self.failed.add(name)
+        Raises:
+            ValueError: If a value that is needed is not finite in a running trial.
+        """
+        check_result(result)
+        if result.status == "failed":
+            self.failed.add(result.trial)
+        return result.done or self._passes(result)  # what has ended needs no stop
 
-    def _passes(self, name: str, result: dict[str, Any]) -> bool:
+    def _passes(self, result: EpochResult) -> bool:
         """Whether a trial goes on; at a rung, its result is recorded the first time it comes."""
-        bracket = bracket_of(int(name), self.weights)
-        rung = self.rungs.get((bracket, result["epoch"]))
+        name, bracket = result.trial, bracket_of(int(result.trial), self.weights)
+        rung = self.rungs.get((bracket, result.epoch))
         if rung is not None and name not in rung.passed:
-            cost, top1 = float(result["cost_ratio"]), float(result["val_top1"])
+            cost, top1 = float(result.cost_ratio), float(result.val_top1)
             costs, top1s = rung.counted(self.failed, cost, top1)
             passed = within_band(costs, top1s, len(costs) - 1, self.eta)
             rung.add(name, cost, top1, passed=passed)
@@ -166,29 +169,26 @@ class MoAsha(InOrder):
         return all(
             self.rungs[bracket, epoch].passed.get(name, True)
             for epoch in self.milestones[bracket:]
-            if epoch <= result["epoch"]
+            if epoch <= result.epoch
         )
 
 
-def check_result(name: str, result: dict[str, Any]) -> None:
-    """Check that a trial's result can be compared with others.
+def check_result(result: EpochResult) -> None:
+    """Check that the result of a running trial can be compared with others.
 
     Raises:
-        ValueError: If a value is missing, or not finite in a running trial.
+        ValueError: If a value that is needed is not finite, or a cost not above 0.
     """
-    for key in ("status", "epoch", "cost_ratio", "val_top1"):
-        if key not in result:
-            raise ValueError(f"a result of trial {name} has no {key}; report it after every epoch")
-    if result["status"] != "running":
+    if result.done:
         return
     for key in ("epoch", "cost_ratio", "val_top1"):
-        if not math.isfinite(result[key]):
+        if not math.isfinite(value := getattr(result, key)):
             raise ValueError(
-                f"{key} of trial {name} is {result[key]} after epoch {result['epoch']}; "
+                f"{key} of trial {result.trial} is {value} after epoch {result.epoch}; "
                 "report a finite number, or the trial as failed"
             )
-    if result["cost_ratio"] <= 0:
+    if result.cost_ratio <= 0:
         raise ValueError(
-            f"cost_ratio of trial {name} is {result['cost_ratio']}; "
+            f"cost_ratio of trial {result.trial} is {result.cost_ratio}; "
             "report a share of the dense model's cost, above 0"
         )

@@ -38,7 +38,7 @@ STEP = 0.15
 
 @dataclass(frozen=True, kw_only=True)
 class Told:
-    """What came of a feasible proposal that was tuned to its full length."""
+    """Result of a feasible proposal that was tuned to its full length."""
 
     name: str
     proposal: Proposal
@@ -48,7 +48,7 @@ class Told:
 
 @dataclass(frozen=True, kw_only=True)
 class _Ended:
-    """What Optuna is told of a plan that was tuned, perhaps not to its full length."""
+    """Result of a plan that was tuned, perhaps not to its full length, as Optuna is told it."""
 
     top1: float
     cost: float
@@ -74,13 +74,13 @@ class _Asked:
 
 @dataclass(kw_only=True)
 class Proposer:
-    """Asks for plans and is told what came of them.
+    """Asks for plans and is told their results.
 
     Attributes:
         sweep: The sweep.
         space: Its space.
         earlier: Parameters of an earlier sweep's front, which are tried right after the ladder.
-        told: What came of all feasible proposals of full length.
+        told: Results of all feasible proposals of full length.
         front: Those of them that no other beats, cheapest first.
     """
 
@@ -133,7 +133,7 @@ class Proposer:
             except OutOfReachError:
                 self._end(trial, TrialState.FAIL)
                 continue
-            if (before := self.known.setdefault(_identity(proposal, space.dense), name)) != name:
+            if (before := self.known.setdefault(_plan_digest(proposal, space.dense), name)) != name:
                 self._repeat(trial, before)
                 continue
             self.asked[name] = _Asked(proposal=proposal, trial=trial)
@@ -152,7 +152,7 @@ class Proposer:
         *,
         stopped: bool = False,
     ) -> None:
-        """Tell what came of a proposal; a second time it changes nothing.
+        """Tell the result of a proposal; a second time it changes nothing.
 
         Of one that was stopped Optuna is told what it had reached: less than it would have come to,
         but that serves the sampler better than nothing, and no worse than an extrapolation
@@ -180,7 +180,7 @@ class Proposer:
         self._complete(asked.trial, ended)
 
     def fail(self, name: str) -> None:
-        """Tell that a proposal has come to nothing."""
+        """Tell that a proposal has failed."""
         self.tell(name, math.nan, math.nan)
 
     def _changed_member(self) -> Parameters:
@@ -211,7 +211,7 @@ class Proposer:
         return found
 
     def _repeat(self, trial: optuna.Trial | None, before: str) -> None:
-        """Tell Optuna what the same plan came to, if it is known, instead of trying it again."""
+        """Tell Optuna the result of the same plan, if it is known, instead of trying it again."""
         if (ended := self.ended.get(before)) is not None:
             self._complete(trial, ended)
         else:
@@ -237,8 +237,8 @@ def _best(told: Sequence[Told]) -> list[Told]:
     return sorted((t for t, keeps in zip(told, best, strict=True) if keeps), key=lambda t: t.cost)
 
 
-def _identity(proposal: Proposal, dense: ViTShape) -> str:
-    """What makes two plans the same: methods, and what each leaves of the model.
+def _plan_digest(proposal: Proposal, dense: ViTShape) -> str:
+    """Digest of what makes two plans the same: methods, and what each leaves of the model.
 
     Not the shares: units are whole, so that many shares cut the same.
     """

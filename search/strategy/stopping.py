@@ -19,7 +19,7 @@ def why_stop(sweep: Sweep, asked: int, seconds: float, told: Sequence[Told]) -> 
         sweep: The sweep.
         asked: Trials so far, running ones included.
         seconds: What the sweep has run, earlier runs of it included.
-        told: What came of the plans, in the order in which they ended.
+        told: Results of the plans, in the order in which they ended.
     """
     if asked >= sweep.trials:
         return f"{sweep.trials} trials"

@@ -1,36 +1,40 @@
-"""One sweep as a frozen model, checked at the door.
+"""One sweep as a frozen model, checked at the door. Its tables are in `search.sweep.parts`.
 
 Imports neither torch nor Ray, so that a laptop can check and submit a sweep.
 """
 
 from __future__ import annotations
 
-import difflib
-import math
 import re
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from search.sweep.milestones import milestones
+from search.sweep.parts import (
+    Budget,
+    Constraints,
+    DataSpec,
+    FineTuneSpec,
+    Halving,
+    ModelSpec,
+    Part,
+    Positive,
+    Resources,
+    StepSpec,
+)
 
-METHODS = Path(__file__).resolve().parents[2] / "pruners" / "methods"
-"""Folder whose files are the pruning methods; read without importing them."""
-
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 _NAME = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=100)
 
 
 PASSWORD = re.compile(r"://[^/]*:[^/]*@")
-"""What a URI with a password has in it."""
+"""Part of a URI that holds a password."""
 
 
 class SweepError(ValueError):
-    """Something that was asked for is wrong: one line says what, where, and what would be right."""
+    """A request is wrong: one line names the key, the value, and what would be right."""
 
 
 class SweepFailedError(RuntimeError):
@@ -41,196 +45,75 @@ class SweepInterruptedError(RuntimeError):
     """A sweep was interrupted; run again, it continues."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class ModelSpec(_Part):
-    """The dense model."""
-
-    path: str | None = None  # a .safetensors file, or a directory that PrunableViT.save wrote
-    name: str | None = None  # a timm model name
-    pretrained: bool = True  # timm's own weights, for a name without a path
-    args: dict[str, Any] = {}  # constructor arguments of the timm model
-    mean: tuple[float, ...] | None = None  # per channel, where the model does not say
-    std: tuple[Positive, ...] | None = None
-
-    @model_validator(mode="after")
-    def _has_a_source(self) -> ModelSpec:
-        if self.path is None and self.name is None:
-            raise ValueError("has neither path nor name; give a weights file or a timm model name")
-        return self
-
-
-class DataSpec(_Part):
-    """Labelled images: Parquet files, globs, directories or URIs, in the Hugging Face schema."""
-
-    train: str
-    val: str
-    test: str
-    batch_size: int = Field(128, ge=1)
-    eval_batch_size: int = Field(256, ge=1)
-    calibration: int = Field(512, ge=1)  # training images that scores are measured on
-    image_column: str = "image"
-    label_column: str = "label"
-    cache_dir: str | None = None  # decoded images, per node; None is the user's cache folder
-    cache_gb: float = Field(8.0, ge=0.0)  # splits that are larger decoded are streamed
-    teacher_gb: float = Field(8.0, ge=0.0)  # dense model's answers; if larger, it is asked live
-    max_corrupt: int = Field(0, ge=0)  # images per split that may be unreadable
-
-
-class StepSpec(_Part):
-    """One step: a method with its options, and how the search varies it."""
-
-    method: str
-    # deviation from the method's own allocation; base and slope over depth; or a share per site
-    space: Literal["residual", "tied", "layer"] = "residual"
-    max_share: float = Field(0.9, gt=0.0, le=1.0)
-    budgets: tuple[Share, ...] = ()  # that a method learns for; () is its option `budget`
-    options: dict[str, Any] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _gather_options(cls, values: Any) -> Any:
-        """In TOML a method's options stand beside `method`; unknown ones are refused later."""
-        if not isinstance(values, Mapping) or "options" in values:
-            return values
-        own = {key: value for key, value in values.items() if key in cls.model_fields}
-        options = {key: value for key, value in values.items() if key not in own}
-        return {**own, "options": options}
-
-    @model_validator(mode="after")
-    def _method_exists(self) -> StepSpec:
-        names = sorted(path.stem for path in METHODS.glob("*.py") if path.stem != "__init__")
-        if self.method not in names:
-            near = difflib.get_close_matches(self.method, names, 1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ValueError(
-                f"names no method: {self.method!r}; {hint}there are {', '.join(names)}"
-            )
-        return self
-
-
-class Budget(_Part):
-    """Range that the cost of every trained trial lies in, as shares of the dense model's."""
-
-    low: float
-    high: float
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_pair(cls, values: Any) -> Any:
-        if isinstance(values, (list, tuple)):
-            if len(values) != 2:
-                raise ValueError("needs two numbers; give [low, high]")
-            return {"low": values[0], "high": values[1]}
-        return values
-
-    @model_validator(mode="after")
-    def _is_a_range(self) -> Budget:
-        if not 0.0 < self.low < self.high <= 1.0:
-            raise ValueError(
-                f"is impossible: [{self.low}, {self.high}]; "
-                "give shares of the dense cost, 0 < low < high <= 1"
-            )
-        return self
-
-
-class FineTuneSpec(_Part):
-    """How trials are fine-tuned."""
-
-    lr: Positive = 5e-4
-    weight_decay: float = Field(0.05, ge=0.0)
-    warmup: Share = 0.1  # share of the steps
-    label_smoothing: Share = 0.0
-    clip: Positive = 1.0  # gradient norm
-    distill: float = Field(0.5, ge=0.0, le=1.0)  # share of the dense model's term in the loss
-    temperature: Positive = 1.0
-    augment: bool = True  # random crops and flips
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    selector_lr: Positive = 1e-3  # of token selectors, which start untrained
-    selector_alone: Share = 0.0  # share of the steps in which only these train, if there are any
-    selector_settle: Share = 0.33  # share of the steps, at the end, in which these stay as they are
-
-
-class Halving(_Part):
-    """How trials that look bad are stopped early (MO-ASHA)."""
-
-    eta: float = Field(2.0, gt=1.0, allow_inf_nan=False)  # one of so many goes on at each rung
-    first: int = Field(1, ge=0)  # epochs before the first rung; 0 compares untuned models
-    brackets: int = Field(1, ge=1)  # of bracket s, trials are first compared at rung s
-
-
-class Constraints(_Part):
-    """Bounds beside the budget; what violates one is not on the front."""
-
-    max_params: int | None = Field(None, ge=1)  # stored parameters
-    min_images_per_s: Positive | None = None  # on the trial's own device
-    max_drop: Positive | None = None  # points of validation top-1 below the dense model
-
-
-class Resources(_Part):
-    """What each worker of a trial gets; fractions are allowed, of a GPU only to a single worker."""
-
-    cpu: float = Field(1.0, gt=0.0)
-    gpu: float = Field(0.0, ge=0.0)  # at most one; for more, give more workers
-    # processes that fine-tune a trial together, on one GPU each; learning takes one
-    workers: int = Field(1, ge=1)
-
-    @model_validator(mode="after")
-    def _has_workers_for_its_gpus(self) -> Resources:
-        if self.gpu > 1.0:
-            raise ValueError(
-                f"has gpu = {self.gpu:g}, but a process trains on one GPU; for several GPUs per "
-                f"trial give as many workers: workers = {math.ceil(self.gpu) * self.workers}, "
-                "gpu = 1"
-            )
-        if self.workers > 1 and 0.0 < self.gpu < 1.0:
-            raise ValueError(
-                f"has workers = {self.workers} with gpu = {self.gpu:g}, but workers of a trial do "
-                "not share a GPU; give gpu = 1, or 0, or workers = 1"
-            )
-        return self
-
-
-class Sweep(_Part):
+class Sweep(Part):
     """One sweep."""
 
     name: Annotated[str, _NAME]
+    """Its name: of its directory below `storage`, and of its experiment in MLflow."""
     model: ModelSpec
+    """The dense model."""
     data: DataSpec
+    """Labelled images."""
     steps: tuple[StepSpec, ...] = Field(min_length=1)
+    """Methods of a plan, in the order unit, token, weight; at most one that learns in a trial."""
     budget: Budget
-    # what accuracy is traded against; with "latency" the budget is still one of gmacs
+    """Range that the cost of every trained trial lies in: [low, high], shares of the dense cost."""
     cost: Literal["effective_gmacs", "gmacs", "latency"] = "effective_gmacs"
-    trials: int = Field(ge=2)  # the dense model and the first plans count
-    ladder: int = Field(9, ge=0)  # budgets at which the methods' own allocations are tried first
-    alone: int = Field(1, ge=0)  # budgets at which each method is then tried alone
-    start_from: str | None = None  # directory of an earlier sweep, whose front is tried next
-    epochs: int = Field(ge=0)  # of fine-tuning, per trial
-    elastic_epochs: int = Field(0, ge=0)  # of tuning the dense model for cuts, once; 0 is none
-    elastic_lr: Positive = 1e-4  # gentler than finetune.lr: the dense model is to stay what it is
+    """Cost that accuracy is traded against; with `latency` the budget is still one of gmacs."""
+    trials: int = Field(ge=2)
+    """Number of trials; the dense model and the first plans count."""
+    ladder: int = Field(9, ge=0)
+    """Budgets at which the methods' own allocations are tried first."""
+    alone: int = Field(1, ge=0)
+    """Budgets at which each method is then tried alone."""
+    start_from: str | None = None
+    """Directory of an earlier sweep, whose front is tried next."""
+    epochs: int = Field(ge=0)
+    """Epochs of fine-tuning, per trial."""
+    elastic_epochs: int = Field(0, ge=0)
+    """Epochs of tuning the dense model for cuts, once, before the trials; 0 is none."""
+    elastic_lr: Positive = 1e-4
+    """Peak learning rate of that, gentler than `finetune.lr`: the model stays a good one uncut."""
     seed: int = Field(0, ge=0)
+    """Seed of everything random."""
     sampler: Literal["auto", "gp", "nsga2", "nsga3", "tpe", "random"] = "auto"
-    refine: float = Field(0.3, ge=0.0, lt=1.0)  # share of the trials, the last, that vary by site
-    halving: Halving | None = None  # None (in TOML: false) trains every trial to its end
+    """Optuna's sampler that proposes plans."""
+    refine: float = Field(0.3, ge=0.0, lt=1.0)
+    """Share of the trials, the last, that vary members of the front site by site."""
+    halving: Halving | None = None
+    """Early stopping of trials that look bad; none (in TOML: false) trains each to its end."""
     constraints: Constraints = Constraints()
-    max_hours: Positive | None = None  # after which no trial begins
-    patience: int = Field(0, ge=0)  # trials in which the hypervolume must grow; 0 does not look
-    min_growth: float = Field(0.01, ge=0.0)  # share by which it must
-    confirm: int = Field(0, ge=0)  # further seeds with which the front is trained again
-    final_epochs: int = Field(0, ge=0)  # with which the front is trained last; 0 does not
-    concurrency: int | None = Field(None, ge=1)  # trials at once; None is what the cluster holds
+    """Bounds beside the budget."""
+    max_hours: Positive | None = None
+    """Hours after which no trial begins."""
+    patience: int = Field(0, ge=0)
+    """Trials in which the hypervolume must grow, else the sweep ends; 0 does not look."""
+    min_growth: float = Field(0.01, ge=0.0)
+    """Share by which the hypervolume must grow within `patience` trials."""
+    confirm: int = Field(0, ge=0)
+    """Further seeds with which the front is trained again."""
+    final_epochs: int = Field(0, ge=0)
+    """Epochs for which the front is trained last; 0 leaves it as it is."""
+    concurrency: int | None = Field(None, ge=1)
+    """Trials at once; by default as many as the cluster holds."""
     finetune: FineTuneSpec = FineTuneSpec()
+    """How trials are fine-tuned."""
     resources: Resources = Resources()
+    """Resources of each worker of a trial."""
     storage: str = "results"
-    tracking: str | None = None  # MLflow tracking URI; None is SQLite in the sweep's directory
-    register_front: bool = True  # make each member of the front a version of a registered model ...
-    registered_model: Annotated[str, _NAME] | None = None  # ... of this name; None is the sweep's
-    # shares of the dense cost; the best version within each gets an alias, best-under-50
+    """Directory of all sweeps, which every node sees."""
+    tracking: str | None = None
+    """MLflow tracking URI; by default a SQLite file in the sweep's directory."""
+    register_front: bool = True
+    """Whether each member of the front becomes a version of a registered model."""
+    registered_model: Annotated[str, _NAME] | None = None
+    """Name of that registered model; by default the sweep's."""
     alias_budgets: tuple[Annotated[float, Field(gt=0.0, lt=1.0)], ...] = (0.25, 0.5, 0.75)
-    max_failures: int = Field(2, ge=0)  # restarts of a trial without an epoch between them
-    max_epoch_hours: Positive = 6.0  # after which an epoch (or a start) hangs: its process is ended
+    """Shares of the dense cost; the best version within each gets an alias, `best-under-50`."""
+    max_failures: int = Field(2, ge=0)
+    """Restarts of a trial without an epoch between them."""
+    max_epoch_hours: Positive = 6.0
+    """Hours after which an epoch (or a start) hangs: its process is ended."""
 
     @field_validator("halving", mode="before")
     @classmethod
@@ -296,7 +179,7 @@ class Sweep(_Part):
 
     @property
     def directory(self) -> Path:
-        """Where everything of this sweep lies."""
+        """Directory of all files of this sweep."""
         return Path(self.storage) / self.name
 
     @property

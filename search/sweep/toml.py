@@ -1,4 +1,4 @@
-"""Sweeps as TOML: read, overridden, written; what is wrong with one, in a line.
+"""Sweeps as TOML: read, overridden, written; errors in one line.
 
 Imports neither torch nor Ray, so that a laptop can check and submit a sweep.
 """
@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 from pydantic import ValidationError
 
-from search.sweep.spec import (
+from search.sweep.parts import (
     Budget,
     Constraints,
     DataSpec,
@@ -24,16 +23,15 @@ from search.sweep.spec import (
     ModelSpec,
     Resources,
     StepSpec,
-    Sweep,
-    SweepError,
 )
+from search.sweep.spec import Sweep, SweepError
 
 
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     """Read a sweep and apply `key.sub=VALUE` overrides, whose values are TOML; later ones win.
 
     Raises:
-        SweepError: For anything wrong, in one line.
+        SweepError: For the first error of the file, in one line.
     """
     if not path.is_file():
         raise SweepError(
@@ -53,6 +51,8 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
 
 def sweep_toml(sweep: Sweep) -> str:
     """Return a sweep as TOML that `load_sweep` reads as an equal sweep."""
+    import tomli_w  # who only submits sweeps writes none
+
     values = sweep.model_dump(exclude_none=True, mode="json")
     values["budget"] = [sweep.budget.low, sweep.budget.high]
     for step in values["steps"]:
@@ -61,7 +61,7 @@ def sweep_toml(sweep: Sweep) -> str:
 
 
 def check_files(sweep: Sweep) -> None:
-    """Check that local files exist; what has a scheme (`s3://`) is left to the trials' machine.
+    """Check that local files exist; URIs (`s3://`) are left to the trials' machine.
 
     Raises:
         SweepError: For the first that does not.
@@ -106,7 +106,7 @@ def _override(values: dict[str, Any], override: str) -> None:
 def _one_line(error: ValidationError) -> str:
     problems = error.errors()
     places = [problem["loc"] for problem in problems]
-    problems = [  # what is wrong with a whole only because a part is wrong says nothing
+    problems = [  # an error of a whole that follows from one of its parts says nothing
         problem
         for problem in problems
         if not any(p[: len(problem["loc"])] == problem["loc"] != p for p in places)
@@ -117,7 +117,7 @@ def _one_line(error: ValidationError) -> str:
 
 
 def problem_line(problem: Mapping[str, Any], fields: Callable[[], list[str]]) -> str:
-    """Say in a line what pydantic found wrong; for an unknown key, beside the `fields` there."""
+    """Return pydantic's error as a line; for an unknown key, with the `fields` that there are."""
     where = ".".join(str(part) for part in problem["loc"]) or "the sweep"
     message = str(problem["msg"]).removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":

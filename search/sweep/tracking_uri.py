@@ -1,11 +1,11 @@
-"""Tracking stores that are a SQLite file: which, and where their artifacts go."""
+"""Tracking stores in a SQLite file: the file's path, and the folder of artifacts."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 SQLITE = "sqlite:///"
-"""What the tracking URI of a SQLite file begins with."""
+"""Prefix of the tracking URI of a SQLite file."""
 
 
 def sqlite_file(uri: str) -> Path | None:
@@ -14,7 +14,7 @@ def sqlite_file(uri: str) -> Path | None:
 
 
 def artifacts_beside(uri: str) -> str | None:
-    """Return where a new experiment keeps its artifacts; None leaves it to the store.
+    """Return the artifact location of a new experiment; None leaves it to the store.
 
     A server knows where. For a SQLite file MLflow would take `mlruns` below whatever directory the
     process happens to run in, which for a Ray job is gone once the job ends.

@@ -1,1 +1,1 @@
-"""What MLflow is told: runs, pages, registered models."""
+"""Logging to MLflow: runs, pages, registered models."""

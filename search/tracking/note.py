@@ -22,11 +22,11 @@ _SEPARATOR = "\u2002 | "
 """Between cells: MLflow draws columns without any space between them."""
 
 REASONS = 8
-"""Reasons of trials that did not come to their end which are shown; the commonest."""
+"""Most reasons of stopped and failed trials that are shown, the commonest first."""
 
 
 def about_sweep(sweep: Sweep, dense_cost: int) -> str:
-    """Say what a sweep searches, of which model, and on which images."""
+    """Describe a sweep: its search, its model and its images."""
     model = sweep.model.path or sweep.model.name
     return (
         f"{headline(sweep, dense_cost)}.\n\nModel `{model}`, trained on `{sweep.data.train}`, "
@@ -40,7 +40,7 @@ def note(front: Front, records: Sequence[TrialRecord], about: str, links: Mappin
     Args:
         front: The front so far.
         records: All trials.
-        about: What is searched, as Markdown.
+        about: The sweep's search, model and images, as Markdown.
         links: Trial, or view of `mlflow_views` -> address of its run.
     """
     rows = (*front.members, front.dense)
@@ -112,7 +112,7 @@ def _plans(rows: Sequence[TrialRecord], width: int) -> str:
 
 
 def _ends_table(records: Sequence[TrialRecord], links: Mapping[str, str]) -> str:
-    """Return how many trials came to which end, and of those that did not finish, why."""
+    """Return the number of trials by end, and the reasons of those that did not finish."""
     lines = [f"**Trials**: {counts(records)}."]
     found = reasons(records)
     if found:
@@ -130,5 +130,5 @@ def _linked(text: str, trial: str, links: Mapping[str, str]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Keep what a table's cell must not hold from ending it."""
+    """Escape the characters that would end a table's cell."""
     return text.replace("|", "\\|").replace("\n", " ")

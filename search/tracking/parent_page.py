@@ -1,4 +1,4 @@
-"""What a reviewer sees of a sweep in MLflow: the parent run's note, its tables and its pictures."""
+"""The page of a sweep's parent run in MLflow: its note, its tables and its pictures."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ took: the page alone has 5 MB, and more with each trial.
 
 
 class ParentPage:
-    """Keeps a parent run worth reading while its sweep runs."""
+    """Keeps the note and the pictures of a parent run up to date while its sweep runs."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class ParentPage:
             client: MLflow.
             parent: Run of the sweep.
             sweep: The sweep, in whose directory pictures are drawn.
-            about: What is searched, as Markdown.
+            about: The sweep's search, model and images, as Markdown.
             earlier: The front that the sweep starts from, if it does.
         """
         self.client, self.parent, self.sweep = client, parent, sweep
@@ -52,7 +52,7 @@ class ParentPage:
         self.redraw = -math.inf
 
     def show(self, front: Front, records: Sequence[TrialRecord], links: Mapping[str, str]) -> None:
-        """Show the sweep as far as it is: note and tables at once, pictures now and then."""
+        """Update the page: note and tables at once, pictures now and then."""
         self.describe(front, records, links)
         if time.monotonic() >= self.redraw:
             self.draw(front, records)

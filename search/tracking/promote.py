@@ -13,16 +13,16 @@ from mlflow.tracking import MlflowClient
 
 from search.records.digests import directory_digest
 from search.sweep.spec import PASSWORD
-from search.tracking.client import mlflow_client
+from search.tracking.addresses import local_uri
+from search.tracking.client import first_line, mlflow_client
 from search.tracking.registry import DIGEST, REASON, VERIFIED
-from search.tracking.runs import first_line, local_uri
 
 APPROVED = "approved"
 """Alias of the version that a person has approved; no sweep touches it."""
 
 
 def promote(model: str, version: str, tracking: str | None) -> list[str]:
-    """Let `approved` name a version of a registered model, and return what to tell of it, in lines.
+    """Let `approved` name a version of a registered model, and return lines that describe it.
 
     Args:
         model: Name of the registered model.
@@ -58,7 +58,7 @@ def promote(model: str, version: str, tracking: str | None) -> list[str]:
 
 
 def tracking_uri(given: str | None) -> str:
-    """Return the tracking URI that is meant: as given, or that of a sweep's directory.
+    """Return a tracking URI: as given, or that of a sweep's directory.
 
     Raises:
         ValueError: If none is given, or no sweep is there, or a password is in it.
@@ -84,7 +84,11 @@ def tracking_uri(given: str | None) -> str:
 
 
 def _check(client: MlflowClient, version: ModelVersion, uri: str, name: str) -> None:
-    """Check that a version may be approved."""
+    """Check that a version may be approved: on the front, verified, its files unchanged.
+
+    Raises:
+        ValueError: If it may not.
+    """
     tags = version.tags
     if not version.run_id or DIGEST not in tags:
         raise ValueError(f"{name} was registered by no sweep; give one that was")

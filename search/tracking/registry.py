@@ -1,7 +1,7 @@
 """MLflow's model registry: each member of a sweep's front is a version of a registered model.
 
-What is registered is looked for before it is made, so that all of this may be repeated: by whoever
-got no answer, and by a driver that goes on where another one died.
+Each step looks first whether it was carried out, so that all of them may be retried: after a lost
+answer, and by a driver that resumes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from search.tracking.runs import SweepRuns
 from search.tracking.served import Served
 
 VERIFIED, REASON, DIFFERENCE = "verified", "reason", "difference"
-"""Tags of a version: whether it computes what PyTorch does, why not, how far it is from that."""
+"""Tags of a version: whether its logits are PyTorch's, why not, the largest difference."""
 
 DIGEST = "digest"
 """Tag of a version: the SHA-256 of its files, as they were verified."""
@@ -34,21 +34,21 @@ VAL_DIGEST = "data.val"
 """Tag of a version: the SHA-256 of the validation images, as the ledger has it."""
 
 NOT_REGISTERED = "not_registered"
-"""Tag of a trial's run: why a member of the front is no version."""
+"""Tag of a trial's run: reason why a member of the front is not registered."""
 
 _VERSIONS = "mlflow.modelVersions"  # by this tag of a logged model MLflow's pages find its versions
 
 
 @dataclass(frozen=True, kw_only=True)
 class Registration:
-    """What a sweep registers.
+    """The registration of a sweep's front.
 
     Attributes:
         model: Name of the registered model; sweeps may share one.
         sweep: Name of the sweep.
         front: The final front.
         served: Trial -> its MLflow model.
-        failed: Trial -> why it has none.
+        failed: Trial -> reason why it has none.
         digests: SHA-256 of the dense model and of each split, by the sweep's keys.
         budgets: Shares of the dense model's cost, each of which has an alias.
         versions: Trial -> version, of those that are registered.
@@ -66,7 +66,7 @@ class Registration:
     aliases: dict[str, str] = field(default_factory=dict)
 
     def steps(self) -> list[Callable[[SweepRuns], None]]:
-        """Return what is to be done when the front is logged, in this order."""
+        """Return the steps of the registration, in order; they follow the logging of the front."""
         steps: list[Callable[[SweepRuns], None]] = []
         steps += [partial(self._leave_out, trial, why) for trial, why in self.failed.items()]
         if members := [m for m in self.front.members if m.trial in self.served]:
@@ -74,7 +74,7 @@ class Registration:
         return steps
 
     def lines(self) -> list[str]:
-        """Return what was registered, in lines for a person."""
+        """Return the versions, their aliases and the failures, in lines for a person."""
         lines = [f"trial {trial} is not registered: {why}" for trial, why in self.failed.items()]
         numbers = {trial: version.version for trial, version in self.versions.items()}
         for trial, number in numbers.items():
@@ -219,7 +219,7 @@ class Registration:
 
 
 def find_version(client: MlflowClient, model: str, run: str) -> ModelVersion | None:
-    """Return the version of a registered model that came of a trial's run; None without one."""
+    """Return a run's version of a registered model; None without one."""
     found = client.search_model_versions(f"name = '{model}' AND run_id = '{run}'")
     ours = [version for version in found if DIGEST in version.tags]
     return min(ours, key=lambda version: int(version.version), default=None)
@@ -232,7 +232,7 @@ def _cost_key(cost: str) -> str:
 def _logged_model(
     client: MlflowClient, experiment: str, run: str, trial: str, tags: Mapping[str, str]
 ) -> LoggedModel:
-    """Return what holds a trial's files in MLflow; of the very files, or new."""
+    """Return the logged model of a trial's files: one of the same digest, or a new one."""
     of_run = f"source_run_id = '{run}' AND tags.{DIGEST} = '{tags[DIGEST]}'"
     if found := client.search_logged_models([experiment], of_run, max_results=1):
         return found[0]

@@ -1,13 +1,12 @@
-"""Members of a front as MLflow models, for whoever has neither this project's code nor torch.
+"""Members of a front as MLflow models, which serve without this project's code and torch.
 
 Each is a directory below the sweep's: an ONNX file that MLflow itself loads, with signature, input
-example and metadata; as extra files, what `PrunableViT.load` opens. Nothing in it is pickled.
+example and metadata; as extra files, those of `PrunableViT.save`. Nothing in it is pickled.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from torch import Tensor
 from pruners import PrunableViT
 from pruners.checkpoint import SHAPE, WEIGHTS
 from pruners.export.onnx import OUTPUT, agreement, write_onnx
-from pruners.model.files import replace_file
+from pruners.model.files import replace_directory, replace_file
 from search.data.splits import open_split
 from search.records.atomic import writing_to
 from search.records.digests import DAMAGE, directory_digest, file_digest, read_sealed, sealed
@@ -44,7 +43,7 @@ EXAMPLES = 2
 """Validation images in the input example, which is text: 3 MB for one of 3 x 224 x 224."""
 
 COMPARED = 16
-"""Validation images whose logits are compared with PyTorch's: what is wrong shows in any image."""
+"""Validation images whose logits are compared with PyTorch's; a wrong export fails on any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +55,7 @@ class Served:
         directory: The model.
         digest: SHA-256 of its files, as they were when it was compared.
         difference: Largest absolute difference between its logits in onnxruntime and PyTorch's.
-        reason: Why it is not verified; empty if it is.
+        reason: Reason why it is not verified; empty if it is.
     """
 
     trial: str
@@ -67,7 +66,7 @@ class Served:
 
     @property
     def verified(self) -> bool:
-        """Whether it computes what the trial's model does."""
+        """Whether its logits are those of the trial's model."""
         return not self.reason
 
 
@@ -83,12 +82,12 @@ def make_served(
     Args:
         sweep: The sweep, whose directory all nodes see.
         member: The member.
-        cost_ratio: What it costs as a share of what the dense model does.
+        cost_ratio: Its cost as a share of the dense model's.
         digests: SHA-256 of the dense model and of each split, by the sweep's keys.
         test_top1: Percent.
 
     Raises:
-        ValueError: If the trial's model is not what was left, or too large for an ONNX file.
+        ValueError: If the trial's model is damaged, or too large for an ONNX file.
         SweepFailedError: If the sweep's directory cannot be written to.
     """
     source = sweep.directory.resolve() / member.checkpoint
@@ -103,13 +102,7 @@ def make_served(
     measured = measurements(dataclasses.replace(member, test_top1=test_top1))
     metadata = {
         **measured,
-        "sweep": sweep.name,
-        "plan_line": member.plan_line,
-        "cost": sweep.cost,
-        "cost_ratio": cost_ratio,
-        "gmacs": member.gmacs,
-        "effective_gmacs": member.effective_gmacs,
-        "params": member.params,
+        **_described(sweep, member, cost_ratio),
         "mean": list(vit.mean or ()),
         "std": list(vit.std or ()),
         "digests": dict(digests),
@@ -120,17 +113,18 @@ def make_served(
         folder.mkdir(exist_ok=True)
         for left in folder.glob(f".{member.trial}.*"):  # by a process that was killed
             shutil.rmtree(left)
-        temporary = folder / f".{member.trial}.{os.uname().nodename}.{os.getpid()}"
-        _write(temporary, vit, images[:EXAMPLES], measured, metadata)
-        agrees = agreement(temporary / ONNX, vit, images)
-        note = {
-            "weights": weights,
-            "difference": agrees.difference,
-            "reason": agrees.reason,
-            "files": directory_digest(temporary),
-        }
-        shutil.rmtree(folder / member.trial, ignore_errors=True)
-        os.replace(temporary, folder / member.trial)
+
+        def write(temporary: Path) -> dict[str, Any]:
+            _write(temporary, vit, images[:EXAMPLES], measured, metadata)
+            agrees = agreement(temporary / ONNX, vit, images)
+            return {
+                "weights": weights,
+                "difference": agrees.difference,
+                "reason": agrees.reason,
+                "files": directory_digest(temporary),
+            }
+
+        note = replace_directory(folder / member.trial, write)
         replace_file(_note(folder, member.trial), lambda path: path.write_text(sealed(note)))
     return _served(folder, member.trial, note)
 
@@ -154,7 +148,7 @@ def read_served(folder: Path, trial: str, weights: str) -> Served | None:
 
 
 def measurements(record: TrialRecord) -> dict[str, Any]:
-    """Return what the `shape.json` of an exported model says of its trial."""
+    """Return the fields of a trial in the `shape.json` of its exported model."""
     return {
         "trial": record.trial,
         "plan": record.plan,
@@ -162,6 +156,19 @@ def measurements(record: TrialRecord) -> dict[str, Any]:
         "test_top1": record.test_top1,
         "images_per_s": record.images_per_s,
         "epochs": record.epochs,
+    }
+
+
+def _described(sweep: Sweep, member: TrialRecord, cost_ratio: float) -> dict[str, Any]:
+    """Return the fields of the metadata that name a model's sweep, plan and costs."""
+    return {
+        "sweep": sweep.name,
+        "plan_line": member.plan_line,
+        "cost": sweep.cost,
+        "cost_ratio": cost_ratio,
+        "gmacs": member.gmacs,
+        "effective_gmacs": member.effective_gmacs,
+        "params": member.params,
     }
 
 

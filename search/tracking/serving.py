@@ -15,7 +15,7 @@ from search.tracking.served import Served, make_served
 def start_serving(
     sweep: Sweep, front: Front, tests: Mapping[str, Any], digests: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Let Ray make the models; return trial -> reference of what comes of it.
+    """Let Ray make the models; return trial -> reference of its `Served`.
 
     Args:
         sweep: The sweep.
@@ -35,9 +35,9 @@ def start_serving(
 
 
 def served_models(pending: Mapping[str, Any]) -> tuple[dict[str, Served], dict[str, str]]:
-    """Wait for the models; return trial -> model, and trial -> why there is none.
+    """Wait for the models; return trial -> model, and trial -> reason of its failure.
 
-    Where there is none, the trial is a member of the front all the same: its weights are there.
+    A trial without one is a member of the front all the same: its weights are there.
 
     Raises:
         SweepFailedError: If the sweep's directory cannot be written to.

@@ -1,4 +1,4 @@
-"""Keeps MLflow as far as the ledger: on a thread of its own, in order, trying until it is done."""
+"""Follows the ledger into MLflow: on a thread of its own, in order, with retries."""
 
 from __future__ import annotations
 
@@ -13,29 +13,28 @@ from search.records.front import Front
 from search.records.journal import Journal
 from search.records.trial_record import TrialRecord
 from search.sweep.spec import SweepFailedError
-from search.tracking.runs import SweepRuns, first_line
+from search.tracking.client import first_line
+from search.tracking.runs import SweepRuns
 
 POLL_S, WAIT_S = 0.2, 0.02
-"""How often the thread looks whether anything has happened, and whoever waits for it, whether all
-is logged.
-"""
+"""Seconds between the looks of the thread at the ledger, and of whoever waits at the thread."""
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0
-"""Pauses between tries while MLflow fails: each twice as long as the one before."""
+"""Backoff while MLflow fails: first and longest pause between retries, in seconds."""
 
 LAST_PATIENCE_S = 900.0
-"""How long the end of a sweep waits for MLflow."""
+"""Seconds that the end of a sweep waits for MLflow."""
 
 
 class Tracker:
     """Logs a sweep to MLflow while it runs.
 
-    Trials wait for nothing: they go on while MLflow is slow, refuses, or is away, since what has
-    happened is in the ledger. Each event is logged once: where a try has failed, the next one looks
-    first what is there. A driver that starts again goes on where the one before had come to.
+    Trials never wait for it: while MLflow is slow, refuses, or is away, their events are in the
+    ledger. Each event is logged once: a retry looks first whether it is there. A driver that
+    resumes a sweep continues at the place that the last one noted.
 
     Attributes:
-        trouble: What MLflow answers instead; empty as long as all is well.
+        trouble: MLflow's latest error; empty while it answers.
     """
 
     def __init__(self, runs: SweepRuns, ledger: Journal) -> None:
@@ -43,7 +42,7 @@ class Tracker:
         self.runs, self.ledger = runs, ledger
         self.trouble = ""
         self._lock = threading.Lock()
-        self._write: Callable[[], None] | None = None  # what follows when the events are logged
+        self._write: Callable[[], None] | None = None  # after the events
         self._failure: Exception | None = None
         self._wake, self._end = threading.Event(), threading.Event()
         threading.Thread(target=self._run, name="tracking", daemon=True).start()
@@ -54,11 +53,11 @@ class Tracker:
             self._write = partial(self.runs.show, front, records)
 
     def wait(self, seconds: float) -> bool:
-        """Wait until MLflow is as far as the ledger; False if it is not, after so many seconds.
+        """Wait until all of the ledger is logged; False if it is not, after so many seconds.
 
         Raises:
-            Exception: What ended the thread, MLflow apart: a damaged ledger, a lease that is lost,
-                or a mistake here.
+            Exception: The error that ended the thread, never MLflow's: a damaged ledger, a lost
+                lease, or a mistake here.
         """
         deadline = time.monotonic() + seconds
         while not self._is_current():
@@ -77,12 +76,12 @@ class Tracker:
         steps: Sequence[Callable[[SweepRuns], None]] = (),
         seconds: float = LAST_PATIENCE_S,
     ) -> None:
-        """Log the final front, with what was measured on test, and what follows it.
+        """Log the final front with its test accuracies, then take further steps.
 
         Args:
             front: The front.
             records: All trials.
-            steps: What follows, one by one; each may be repeated.
+            steps: Further steps, one by one; each may be retried.
             seconds: How long MLflow may take for each.
 
         Raises:
@@ -129,7 +128,7 @@ class Tracker:
             self._wake.clear()
 
     def _persist(self, write: Callable[[], None]) -> None:
-        """Do it until it is done, or the sweep has ended."""
+        """Retry a write until it succeeds, or the sweep has ended."""
         pause = FIRST_PAUSE_S
         while not self._end.is_set():
             self.runs.notes.may_write()

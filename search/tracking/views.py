@@ -1,7 +1,7 @@
 """Views of a sweep's runs that MLflow's page offers: columns and order worth looking at.
 
-The page shows no metric in its table until it is told to. What it is told it can save, as a tag of
-the experiment; these tags are written here (format of MLflow 3.17's page).
+The page shows no metric in its table until a user selects it. It saves a selection as a tag of the
+experiment; such tags are written here (format of MLflow 3.17's page).
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def view_tags(time_ms: int) -> dict[str, str]:
 
 
 def view_address(experiment: str, name: str) -> str:
-    """Return where a view is shown, relative to MLflow's page."""
+    """Return the address of a view, relative to MLflow's page."""
     page = f"#/experiments/{experiment}/runs"
     return f"{page}?viewStateShareKey={name}&workflowType=machine_learning"
 

@@ -1,4 +1,4 @@
-"""What all trials of a sweep share, in a form that Ray keeps once per node.
+"""Inputs of all trials of a sweep, in a form that Ray keeps once per node.
 
 Ray hands numpy arrays out of its object store without a copy; torch's tensors it would copy into
 every process.
@@ -24,7 +24,7 @@ from search.sweep.spec import Sweep
 
 @dataclass(frozen=True, kw_only=True)
 class TrialInputs:
-    """What all trials of a sweep share; Ray keeps it once per node, weights included.
+    """Inputs of all trials of a sweep; Ray keeps them once per node, weights included.
 
     Attributes:
         sweep: The sweep.
@@ -33,7 +33,7 @@ class TrialInputs:
             for cuts.
         directory: The sweep's, which all nodes see under this path.
         attempt: Number of the driver's lease; after a later one has begun, nothing is saved.
-        identity: Digests of what the sweep began with; a key that is missing is not looked at.
+        fingerprint: Digests of what the sweep began with; a missing key is not looked at.
     """
 
     sweep: Sweep
@@ -41,19 +41,21 @@ class TrialInputs:
     start: PrunableViT
     directory: Path
     attempt: int = 0
-    identity: Mapping[str, str] = field(default_factory=dict)
+    fingerprint: Mapping[str, str] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the weights in a way that they are not copied into each process."""
         start = None if self.start is self.dense else pack(self.start)
-        others = {"directory": self.directory, "attempt": self.attempt, "identity": self.identity}
-        return _inputs, (self.sweep, pack(self.dense), start, others)
+        others = {"attempt": self.attempt, "fingerprint": self.fingerprint}
+        return _inputs, (self.sweep, pack(self.dense), start, self.directory, others)
 
 
-def _inputs(sweep: Sweep, dense: Apart, start: Apart | None, others: dict[str, Any]) -> TrialInputs:
+def _inputs(
+    sweep: Sweep, dense: Apart, start: Apart | None, directory: Path, others: Mapping[str, Any]
+) -> TrialInputs:
     whole = unpack(*dense)
     begin = unpack(*start) if start else whole
-    return TrialInputs(sweep=sweep, dense=whole, start=begin, **others)
+    return TrialInputs(sweep=sweep, dense=whole, start=begin, directory=directory, **others)
 
 
 class Packed(NamedTuple):

@@ -16,7 +16,7 @@ LOOK_S = 2.0
 
 
 class ToldToEndError(RuntimeError):
-    """A trial's process was told to end; what the trial had come to is saved."""
+    """A trial's process was told to end; the trial's state is saved."""
 
 
 class Notice:

@@ -1,4 +1,4 @@
-"""Whether a trial whose process failed goes on in another one.
+"""Whether a trial whose process failed is resumed in another one.
 
 Ray's own restarts are not used: it gives up a trial whose reused actor has died with its node, and
 counts what a node did as the trial's fault.
@@ -33,7 +33,7 @@ class Retries:
         self.failures.pop(trial, None)
 
     def allow(self, trial: str, said: str) -> bool:
-        """Count a failure, and return whether the trial goes on.
+        """Count a failure, and return whether the trial is resumed.
 
         Args:
             trial: The trial.

@@ -1,4 +1,4 @@
-"""What a trial leaves on the sweep's storage after each epoch: its model, and what resuming needs.
+"""Files of a trial on the sweep's storage, after each epoch: its model, and its state to resume.
 
 A trial that has to go in the middle of an epoch leaves the same.
 
@@ -9,9 +9,8 @@ trials, which takes longer the more there are. What lies here is found by the tr
 from __future__ import annotations
 
 import io
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,78 +19,83 @@ import torch
 
 from pruners import PrunableViT
 from pruners.checkpoint import SHAPE, WEIGHTS
+from pruners.model.files import replace_directory
 from search.records.atomic import writing_to
 from search.records.digests import DAMAGE, file_digest, json_digest, read_sealed, sealed
+from search.records.events import EpochResult, TrialConfig
 from search.records.trial_record import MODELS, model_name
 
 RESULTS, TUNER, HUNG = "results.json", "tuner.pt", "hung.txt"
 DECISIVE = ("plan", "origin", "epochs", "seed", "learned", "cost_ratio")
-"""What of a configuration decides what comes of a trial."""
+"""Fields of a configuration that decide a trial's results."""
+
+TunerState = dict[str, Any]
+"""What `FineTuner.state_dict` returns, and what belongs to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """What a trial had come to.
+    """State of a trial as its last process left it.
 
     Attributes:
-        results: What it reported, epoch by epoch.
+        results: Its results, epoch by epoch.
         directory: Its model, as `PrunableViT.save` wrote it.
         tuner: State of its `FineTuner`, perhaps in the middle of an epoch; None if it has ended.
-        seconds: What it had run.
+        seconds: How long it had run.
     """
 
-    results: list[dict[str, Any]]
+    results: list[EpochResult]
     directory: Path
-    tuner: dict[str, Any] | None
+    tuner: TunerState | None
     seconds: float
 
 
 class TrialFiles:
     """The files of one trial."""
 
-    def __init__(self, sweep_directory: Path, config: dict[str, Any]) -> None:
+    def __init__(self, sweep_directory: Path, config: TrialConfig) -> None:
         """Name the files of the trial with this configuration; nothing is read or written."""
-        self.directory = sweep_directory / MODELS / config["trial"]
-        self.identity = json_digest({key: config.get(key) for key in DECISIVE})
+        self.directory = sweep_directory / MODELS / config.trial
+        self.digest = json_digest({key: getattr(config, key) for key in DECISIVE})
 
     def save(
         self,
         vit: PrunableViT,
-        results: list[dict[str, Any]],
-        tuner: dict[str, Any] | None,
+        results: Sequence[EpochResult],
+        tuner: TunerState | None,
         seconds: float,
     ) -> None:
-        """Write what a trial has come to; what it had come to before is removed.
+        """Write a trial's state after an epoch, or in the middle of one, in place of the last.
 
         Raises:
             SweepFailedError: If the directory cannot be written to.
         """
         with writing_to(self.directory):
             last, steps = results[-1], tuner["steps"] if tuner is not None else 0
-            target = self.directory / model_name(last["epoch"], steps)
-            temporary = self.directory / f".{target.name}.{os.uname().nodename}.{os.getpid()}"
-            shutil.rmtree(temporary, ignore_errors=True)
-            vit.save(temporary, measured={"val_top1": last["val_top1"], "epoch": last["epoch"]})
-            if tuner is not None:
-                content = io.BytesIO()  # torch.save to a full disk raises no OSError
-                torch.save(tuner, content)
-                (temporary / TUNER).write_bytes(content.getvalue())
-            digests = {path.name: file_digest(path) for path in sorted(temporary.iterdir())}
-            saved = {
-                "identity": self.identity,
-                "digests": digests,
-                "results": results,
-                "seconds": seconds,
-            }
-            (temporary / RESULTS).write_text(sealed(saved))
-            shutil.rmtree(target, ignore_errors=True)  # of another trial of this name
-            os.replace(temporary, target)
+            target = self.directory / model_name(last.epoch, steps)
+
+            def write(folder: Path) -> None:
+                vit.save(folder, measured={"val_top1": last.val_top1, "epoch": last.epoch})
+                if tuner is not None:
+                    content = io.BytesIO()  # torch.save to a full disk raises no OSError
+                    torch.save(tuner, content)
+                    (folder / TUNER).write_bytes(content.getvalue())
+                digests = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
+                saved = {
+                    "identity": self.digest,
+                    "digests": digests,
+                    "results": [result.to_report() for result in results],
+                    "seconds": seconds,
+                }
+                (folder / RESULTS).write_text(sealed(saved))
+
+            replace_directory(target, write)  # also of another trial of this name
             for other in self.directory.iterdir():
                 if other != target:
                     shutil.rmtree(other, ignore_errors=True)
 
     def load(self) -> Saved | None:
-        """Return what this very trial had come to; None if nothing of it is there.
+        """Return the state that this very trial was left in; None if nothing of it is there.
 
         Raises:
             ValueError: If a file is not what was written, in one line.
@@ -102,10 +106,11 @@ class TrialFiles:
         path = found[-1] / RESULTS
         try:
             saved = read_sealed(path)
-            if saved["identity"] != self.identity:
+            if saved["identity"] != self.digest:
                 return None
-            digests, results = dict(saved["digests"]), list(saved["results"])
-            ended, seconds = results[-1]["status"] != "running", float(saved["seconds"])
+            digests, seconds = dict(saved["digests"]), float(saved["seconds"])
+            results = [_result(values) for values in saved["results"]]
+            ended = results[-1].done
         except DAMAGE as error:
             raise ValueError(_damaged(path)) from error
         expected = {WEIGHTS, SHAPE} if ended else {WEIGHTS, SHAPE, TUNER}
@@ -119,12 +124,12 @@ class TrialFiles:
 
 
 def hung_path(trial: str) -> str:
-    """Return where it is written where a trial hung, below the sweep's directory."""
+    """Return the file that says where a trial hung, below the sweep's directory."""
     return f"{MODELS}/{trial}/{HUNG}"
 
 
 def check_model(directory: Path) -> None:
-    """Check that a model that a trial left is what was written.
+    """Check a trial's saved model against its digests.
 
     Raises:
         ValueError: If a file is not, in one line.
@@ -138,7 +143,11 @@ def check_model(directory: Path) -> None:
     _check_digests(directory, wanted)
 
 
-def _tuner_state(path: Path) -> dict[str, Any]:
+def _result(values: Mapping[str, Any]) -> EpochResult:
+    return EpochResult.from_json({key: of for key, of in values.items() if key != "done"})
+
+
+def _tuner_state(path: Path) -> TunerState:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and its unpickler raise what comes

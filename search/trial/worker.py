@@ -1,106 +1,124 @@
-"""One of the processes that train a trial together, each on its share of every batch.
+"""The processes of a worker group that train a trial together, each on its share of every batch.
 
-The first runs the trial as `PlanTrial` does: it cuts, ramps, measures and saves. Before each epoch
-it gives the others the model and the state of its tuner, so they hold nothing that could have gone
-another way, and all train that epoch.
+The first runs the trial as one process alone does: it cuts, ramps, measures and saves. Before each
+epoch it gives the others the model and the state of its tuner, so they hold nothing that could have
+gone another way, and all train that epoch.
 """
 
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
 from torch import Tensor
 
-from pruners.training.fine_tune import TrainingLeftError
+from pruners.training.fine_tune import FineTuner, TrainingLeftError
 from pruners.training.optimisation import NonFiniteLossError
 from pruners.training.peers import Peers
-from search.data.splits import mixed_seed, trial_device
+from search.data.splits import trial_device
+from search.records.events import EpochResult, TrialConfig
 from search.sweep.spec import SweepFailedError
+from search.trial.context import TrialContext, time_limit
 from search.trial.inputs import TrialInputs
 from search.trial.memory import is_out_of_memory
 from search.trial.preemption import ToldToEndError
-from search.trial.trial import PlanTrial
-from search.trial.trial_files import Saved
+from search.trial.training import Training
+from search.trial.trial import Trial
+from search.trial.trial_files import TunerState
 
-Order = tuple[str, dict[str, Any]]
-"""A step to do: "begin" a trial of this configuration, or "go on" with the one that runs; or "end".
-"""
+END = "end"
+"""The order after which a group ends."""
 
-Answer = dict[str, Any] | ToldToEndError | SweepFailedError
-"""A step's metrics, or what the trial's own actor is to raise."""
+Order = TrialConfig | str | None
+"""An order to the first worker: begin a trial, run another step of it (None), or `END`."""
+
+Answer = EpochResult | ToldToEndError | SweepFailedError
+"""A step's result, or what the trial's own actor is to raise."""
+
+Generators = dict[str, Tensor]
+"""States of a process's random generators, by device."""
 
 GENERATORS = "generators_of_all"
 """Key of a saved tuner's state: the random generators of all workers, by rank."""
 
 
-class Member(PlanTrial):
-    """A trial in one of the processes that train it together."""
+@dataclass(frozen=True, kw_only=True)
+class Handout:
+    """Model and state of training that the first worker hands out before an epoch.
 
-    def __init__(self, config: dict[str, Any], inputs: TrialInputs, peers: Peers) -> None:
-        """Begin a trial; Tune, which knows nothing of this one, has nothing to set up."""
-        self.peers, self.share = peers, (peers.rank, peers.size)
-        self.generators: list[dict[str, Tensor]] = []  # of an epoch that goes on, by rank
-        self.setup(config, inputs)
+    Attributes:
+        config: The trial's.
+        epoch: Number of the epoch, from 1.
+        state: The model and the state of its tuner, as `torch.save` writes them, and the random
+            generators of all workers where the epoch is resumed in its middle.
+    """
 
-    def help(self, config: dict[str, Any], content: bytes) -> None:
-        """Train an epoch as the first worker does, from what it has `packed`."""
-        # Not from outside: the first worker packed it, and Ray pickles what it hands out as well.
-        given = torch.load(io.BytesIO(content), map_location="cpu", weights_only=False)
-        self.config, self.epoch, self.parts = config, given["epoch"], given["parts"]
-        self.vit = given["vit"].to(self.device)
-        self._new_tuner()
-        self.tuner.load_state_dict(given["tuner"] | _own(given["generators"], self.peers.rank))
+    config: TrialConfig
+    epoch: int
+    state: bytes
+
+
+class FirstWorker:
+    """The first of several processes that train a trial, which runs it."""
+
+    def __init__(self, peers: Peers) -> None:
+        """Give the others nothing yet."""
+        self.peers = peers
+        self._generators: list[Generators] = []  # of an epoch that was left, by rank
+
+    def train(self, training: Training, epoch: int) -> float:
+        """Train an epoch, or what is left of one, on all workers; return its mean loss."""
+        self.peers.shared(
+            Handout(config=training.config, epoch=epoch, state=self._packed(training))
+        )
         try:
-            self._pass_together()
-        except (NonFiniteLossError, TrainingLeftError):
-            pass  # the first worker finds the same, and says it
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-        del self.vit, self.tuner
+            return training.train(epoch)
+        except TrainingLeftError:
+            self._generators = _gathered(training, self.peers)
+            raise
 
-    def packed(self) -> bytes:
-        """Return what the other workers need to train this epoch."""
+    def state(self, tuner: FineTuner) -> TunerState:
+        """Return the tuner's state; in the middle of an epoch, with all workers' generators."""
+        state = tuner.state_dict()
+        return state | {GENERATORS: self._generators} if state["steps"] > 0 else state
+
+    def resume(self, state: TunerState) -> None:
+        """Take the generators of all workers."""
+        self._generators = state.get(GENERATORS, [])
+
+    def end(self) -> None:
+        """Let the others end."""
+        self.peers.shared(None)
+
+    def _packed(self, training: Training) -> bytes:
         content = io.BytesIO()
         given = {
-            "epoch": self.epoch,
-            "parts": self.parts,
-            "vit": self.vit,
-            "tuner": self.tuner.state_dict(),
-            "generators": self.generators if self.tuner.steps else [],
+            "vit": training.vit,
+            "tuner": training.tuner.state_dict(),
+            "generators": self._generators if training.tuner.steps else [],
         }
         torch.save(given, content)
         return content.getvalue()
 
-    def _pass(self) -> float:
-        self.peers.shared((self.config, self.packed()))
-        return self._pass_together()
 
-    def _pass_together(self) -> float:
-        try:
-            return super()._pass()
-        except TrainingLeftError:
-            self.generators = self.peers.gathered(self.tuner.state_dict()["generators"])
+def help_train(context: TrialContext, given: Handout, peers: Peers) -> None:
+    """Train an epoch as the first worker does, from what it has handed out."""
+    # Not from outside: the first worker packed it, and Ray pickles what it hands out as well.
+    state = torch.load(io.BytesIO(given.state), map_location="cpu", weights_only=False)
+    training = Training(context, given.config, state["vit"].to(context.device), peers)
+    training.tuner.load_state_dict(state["tuner"] | _own(state["generators"], peers.rank))
+    try:
+        training.train(given.epoch)
+    except TrainingLeftError:
+        _gathered(training, peers)  # the first worker finds the same, and says it
+    except NonFiniteLossError:
+        pass  # likewise
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
-
-    def _save(self, tuner: dict[str, Any] | None) -> None:
-        in_an_epoch = tuner is not None and tuner["steps"] > 0
-        super()._save(tuner | {GENERATORS: self.generators} if tuner and in_an_epoch else tuner)
-
-    def _continue(self, saved: Saved) -> None:
-        super()._continue(saved)
-        self.generators = (saved.tuner or {}).get(GENERATORS, [])
-
-    def _new_tuner(self) -> None:
-        super()._new_tuner()
-        self.tuner.peers = self.peers
-
-    def _trial_seed(self, epoch: int) -> int:
-        seed, rank = super()._trial_seed(epoch), self.peers.rank
-        return mixed_seed(seed, rank) if rank else seed  # dropout of its own in each process
 
 
 def work(given: dict[str, Any]) -> None:
@@ -110,38 +128,45 @@ def work(given: dict[str, Any]) -> None:
     if peers.rank == 0:
         _lead(inputs, peers, given["desk"])
     else:
-        _follow(inputs, peers)
+        follow(inputs, peers)
 
 
 def _lead(inputs: TrialInputs, peers: Peers, desk: Any) -> None:
-    member: Member | None = None
+    workers = FirstWorker(peers)
+    trial: Trial | None = None
     while True:
-        verb, config = ray.get(desk.next_order.remote())
-        if verb == "end":
-            peers.shared(None)
+        order: Order = ray.get(desk.next_order.remote())
+        if order == END:
+            workers.end()
             return
-        if member is None:
-            member = Member(config, inputs, peers)
-        elif verb == "begin":
-            member.reset_config(config)
-        ray.get(desk.answer.remote(_answer_of(member)))
+        if isinstance(order, TrialConfig):
+            trial = trial.next(order) if trial else Trial.first(inputs, order, workers)
+        if trial is None:
+            raise AssertionError("the first order is a trial's configuration")
+        ray.get(desk.answer.remote(_answer_of(trial)))
 
 
-def _answer_of(member: Member) -> Answer:
+def _answer_of(trial: Trial) -> Answer:
     try:
-        return member.step()
+        return trial.step()
     except (ToldToEndError, SweepFailedError) as error:
         return error
 
 
-def _follow(inputs: TrialInputs, peers: Peers) -> None:
-    member: Member | None = None
+def follow(inputs: TrialInputs, peers: Peers) -> None:
+    """Help the first worker until it says that there is no more to do."""
+    context: TrialContext | None = None
     while (given := peers.shared(None)) is not None:
-        config, content = given
-        if member is None:
-            member = Member(config, inputs, peers)
-        member.help(config, content)
+        if context is None:
+            with time_limit(inputs.sweep, inputs.directory, given.config.trial):
+                context = TrialContext.open(inputs)
+        help_train(context, given, peers)
 
 
-def _own(generators: list[dict[str, Tensor]], rank: int) -> dict[str, Any]:
+def _gathered(training: Training, peers: Peers) -> list[Generators]:
+    """Return the states of all processes' random generators, by rank."""
+    return peers.gathered(training.tuner.state_dict()["generators"])
+
+
+def _own(generators: list[Generators], rank: int) -> dict[str, Generators]:
     return {"generators": generators[rank]} if generators else {}

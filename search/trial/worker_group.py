@@ -1,14 +1,13 @@
 """A trial that several processes train together: a worker group of Ray Train.
 
 The group lives as long as the trial's actor, from trial to trial. When a worker dies the trial
-fails as a whole, and Tune restarts it from what was saved. A worker that has to go says so to all
+fails as a whole, and is resumed from what was saved. A worker that has to go says so to all
 after a step; one that hangs lets the first one hang too, whose process is then ended.
 """
 
 from __future__ import annotations
 
 import asyncio
-import copy
 import re
 import threading
 import uuid
@@ -22,9 +21,10 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import PreemptionError
 
+from search.records.events import TrialConfig
 from search.sweep.spec import Sweep
 from search.trial.inputs import TrialInputs
-from search.trial.worker import Answer, Order, work
+from search.trial.worker import END, Answer, Order, work
 
 HEAD = {"node:__internal_head__": 0.001}
 """What the trial's own actor takes: a place on the head, which is not preempted, but no CPU."""
@@ -52,7 +52,7 @@ def worker_bundle(sweep: Sweep) -> dict[str, float]:
 
 
 class SharedTrial(tune.Trainable):
-    """What Tune sees of a trial that a worker group runs: steps, as those of `PlanTrial`."""
+    """An actor of Ray Tune whose trials a worker group runs, step by step."""
 
     failure: Exception | None = None
 
@@ -60,7 +60,7 @@ class SharedTrial(tune.Trainable):
         """Start the group, which waits until there is room for all of its workers."""
         if inputs is None:
             raise ValueError("inputs is None; give TrialInputs through tune.with_parameters")
-        self.order: Order = ("begin", config)
+        self.order: Order = TrialConfig.from_json(config)
         self.desk = ray.remote(num_cpus=0)(Desk).remote()
         trainer = _trainer(inputs, {"inputs": ray.put(inputs), "desk": self.desk})
         self.thread = threading.Thread(target=self._fit, args=(trainer,), daemon=True)
@@ -68,19 +68,19 @@ class SharedTrial(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Let the next trial run in the same group."""
-        self.order = ("begin", copy.deepcopy(new_config))
+        self.order = TrialConfig.from_json(new_config)
         return True
 
     def step(self) -> dict[str, Any]:
         """Let the group run an epoch and return its metrics.
 
         Raises:
-            ToldToEndError: If one of its processes is to end; what the trial came to is saved.
+            ToldToEndError: If one of its processes is to end; the trial's state is saved.
             SweepFailedError: If the sweep cannot go on.
             RuntimeError: If the group has failed.
         """
         self.desk.order.remote(self.order)
-        self.order = ("go on", {})
+        self.order = None  # another step
         coming = self.desk.next_answer.remote()
         while not ray.wait([coming], timeout=LOOK_S)[0]:
             if not self.thread.is_alive():
@@ -88,11 +88,11 @@ class SharedTrial(tune.Trainable):
         answer: Answer = ray.get(coming)
         if isinstance(answer, Exception):
             raise answer
-        return answer
+        return answer.to_report()
 
     def cleanup(self) -> None:
         """Let the group end, so that its GPUs are free; Ray ends what does not, with this actor."""
-        self.desk.order.remote(("end", {}))
+        self.desk.order.remote(END)
         self.thread.join(END_S)
 
     def _fit(self, trainer: TorchTrainer) -> None:
@@ -119,7 +119,7 @@ class Desk:
         return await self._orders.get()
 
     async def answer(self, answer: Answer) -> None:
-        """Tell what came of a step."""
+        """Give the result of a step."""
         await self._answers.put(answer)
 
     async def next_answer(self) -> Answer:
@@ -142,7 +142,7 @@ class OneGpuEach(TorchConfig):
 
     @property
     def backend_cls(self) -> type:
-        """What sets it up."""
+        """Class that sets it up."""
         return _OneGpuEach
 
 

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/engine_overhead.py
 
-Both run the same trials (`PlanTrial` on sixteen images, one epoch) one after another, with MLflow
+Both run the same trials (on sixteen images, one epoch) one after another, with MLflow
 in SQLite and a checkpoint per epoch, in turn. The plain loop is what one writes first: a function
 that opens the data, reports and saves, `OptunaSearch`, `MLflowLoggerCallback`, and nothing set
 otherwise. Counted is the time from one trial's end to the next one's, less what the trial itself
@@ -36,6 +36,7 @@ from ray.tune.search.optuna import OptunaSearch
 from pruners import PrunableViT
 from search.check import check
 from search.recorder import Recorder
+from search.records.events import TrialConfig
 from search.records.ledger import Ledger
 from search.records.trial_record import model_path
 from search.report.progress import Progress
@@ -46,7 +47,8 @@ from search.sweep.toml import load_sweep
 from search.tracking.runs import SweepRuns
 from search.tracking.tracker import Tracker
 from search.trial.inputs import TrialInputs
-from search.trial.trial import PlanTrial
+from search.trial.trial import Trial
+from search.trial.workers import OneWorker
 from search.tuner import RAY_SETTINGS, run_trials
 
 ROOT = Path(__file__).parents[2]
@@ -117,26 +119,24 @@ def run_engine(sweep: Sweep, dense: PrunableViT, space: Space) -> Row:
 def train(config: dict[str, Any], inputs: TrialInputs, space: Space) -> None:
     """Train a plan in a plain function, as a trial of the engine does."""
 
-    class Here(PlanTrial):
-        def setup(self, config: dict[str, Any]) -> None:  # type: ignore[override]
-            super().setup(config, inputs)
-
     proposal = space.propose(config)
-    trial = Here(
-        {
-            "trial": "0001",
-            "origin": "search",
-            "epochs": inputs.sweep.epochs,
-            "plan": json.dumps(proposal.plan.to_json()),
-            "cost_ratio": proposal.cost_ratio,
-        }
+    one = TrialConfig(
+        trial="0001",
+        origin="search",
+        plan=json.dumps(proposal.plan.to_json()),
+        learned="",
+        parameters={},
+        of="",
+        seed=0,
+        epochs=inputs.sweep.epochs,
+        cost_ratio=proposal.cost_ratio,
     )
-    done = False
+    trial, done = Trial.first(inputs, one, OneWorker()), False
     while not done:
         result = trial.step()
-        done = result.pop("done")
-        model = inputs.directory / model_path("0001", result["epoch"])
-        tune.report(result, checkpoint=tune.Checkpoint.from_directory(model))
+        done = result.done
+        model = inputs.directory / model_path("0001", result.epoch)
+        tune.report(result.to_json(), checkpoint=tune.Checkpoint.from_directory(model))
 
 
 def run_plain(sweep: Sweep, dense: PrunableViT, space: Space, folder: str) -> Row:

@@ -204,10 +204,10 @@ def restart_s(engine: Engine) -> float:
     """Processor time that a driver takes to be where this one is."""
     start = time.thread_time()
     ledger = Ledger(engine.sweep)
-    PlanSearcher(engine.sweep, engine.searcher.proposer.space, ledger)
+    PlanSearcher(engine.sweep, engine.searcher.phases.proposer.space, ledger)
     assert engine.sweep.halving is not None
     scheduler = MoAsha(epochs=EPOCHS, **engine.sweep.halving.model_dump())
-    scheduler.repeat(ledger.past)
+    scheduler.replay(ledger.past)
     assert scheduler.debug_string() == engine.scheduler.debug_string()
     return time.thread_time() - start
 

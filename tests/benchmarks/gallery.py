@@ -1,4 +1,4 @@
-"""The pictures of README.md: a sweep of three families on CIFAR-10, and what it comes to.
+"""The pictures of docs/review.md: a sweep of three families on CIFAR-10, and what it comes to.
 
     python tests/benchmarks/gallery.py --train cifar10/train.parquet --test cifar10/test.parquet
 

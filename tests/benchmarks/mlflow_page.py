@@ -24,7 +24,7 @@ from mlflow.tracking import MlflowClient
 from playwright.sync_api import Page, sync_playwright
 from sizing import server
 
-from search.tracking.runs import local_uri
+from search.tracking.addresses import local_uri
 from search.tracking.views import FRONT, TRIALS, view_address
 
 QUIET = ("no-sandbox", "disable-gpu", "disable-background-networking", "no-first-run")

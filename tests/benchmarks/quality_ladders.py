@@ -20,8 +20,9 @@ from journal import Journal
 from quality_problem import HIGH, LOW, Bench, tokens, units
 
 from pruners import Plan, PrunableViT, Step, load_method
-from search.space.allocation import own_shares
-from search.space.space import OutOfReachError, Space
+from search.space.allocation import own_allocation
+from search.space.build import build_space
+from search.space.space import OutOfReachError
 from search.space.step import Rung
 
 Cut = tuple[str, float, Callable[[], PrunableViT]]
@@ -88,11 +89,12 @@ def own(bench: Bench, count: int) -> Iterator[Cut]:
     """Cut as the methods themselves would: what a sweep tries first, at more budgets."""
     sweep = bench.sweep.model_copy(update={"ladder": count})
     known = {}
-    for step in Space(sweep, bench.shape).steps:
+    unmeasured = build_space(sweep, bench.shape)
+    for step in unmeasured.steps:
         scores = bench.scored(step.pruner).scores
-        shares = own_shares(step.pruner, bench.shape, scores, step.max_share)
+        shares = own_allocation(step.pruner, bench.shape, scores, step.max_share)
         known[step.label] = [Rung(pruner=step.pruner, own=shares)]
-    space = Space(sweep, bench.shape, known)
+    space = unmeasured.measured(known)
     ladder = sorted(space.ladder(), key=lambda parameters: float(parameters["budget"]))
     for place in coarse_to_fine(count):  # in the order of the other ladders
         proposal = space.propose(ladder[place])

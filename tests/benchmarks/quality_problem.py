@@ -27,8 +27,9 @@ from pruners import Plan, PrunableViT, Pruner, cost_of, load_method
 from pruners.families.learned import Learned
 from pruners.model.files import replace_file
 from pruners.training.evaluation import evaluate
-from pruners.training.fine_tune import FineTuner, Recipe
+from pruners.training.fine_tune import FineTuner
 from pruners.training.optimisation import NonFiniteLossError
+from pruners.training.recipe import Recipe
 from search.data.augment import Epoch
 from search.data.model import load_model
 from search.data.shards import find_shards

@@ -33,10 +33,12 @@ from tuning import SAMPLE, SPEC, dense_model
 from pruners import Plan, Step, cost_of, load_method
 from search.data.images import open_images
 from search.records import pareto
-from search.space.allocation import own_shares
+from search.records.events import METRICS, EpochResult
+from search.space.allocation import own_allocation
+from search.space.build import build_space
 from search.space.space import Space
 from search.space.step import Rung
-from search.strategy.moasha import MoAsha
+from search.strategy.moasha import NEVER_STOPPED, MoAsha
 from search.strategy.proposer import Proposer
 from search.sweep.spec import Sweep, SweepFailedError
 from search.sweep.toml import load_sweep
@@ -130,9 +132,9 @@ def space_of(sweep: Sweep) -> Space:
     rungs = {}
     for label, spec in zip(sweep.labels, sweep.steps, strict=True):
         method = load_method(spec.method)
-        own = own_shares(method, shape, scores.get(label, {}), spec.max_share)
+        own = own_allocation(method, shape, scores.get(label, {}), spec.max_share)
         rungs[label] = [Rung(pruner=method, own=own)]
-    return Space(sweep, shape, rungs)
+    return build_space(sweep, shape).measured(rungs)
 
 
 class Trial(NamedTuple):
@@ -213,14 +215,13 @@ def extrapolated(
 
 def stopped_after(halving: MoAsha, label: str, origin: str, cost: float, curve: np.ndarray) -> int:
     """Return the epochs that a trial runs."""
-
-    class Running:
-        config = {"trial": label, "origin": origin}  # noqa: RUF012
-
+    if origin in NEVER_STOPPED:
+        return TUNE_EPOCHS
     for epoch in range(TUNE_EPOCHS):
-        result = {"status": "running", "epoch": epoch, "cost_ratio": cost}
-        result["val_top1"] = float(curve[epoch])
-        if halving.on_trial_result(None, Running(), result) == MoAsha.STOP:
+        metrics = dict.fromkeys(METRICS, 1.0) | {"cost_ratio": cost, "val_top1": curve[epoch]}
+        reached = {"trial": label, "epoch": epoch, "status": "running"}
+        rest = {"reason": "", "shape": "{}", "by_class": []}
+        if not halving.continues(EpochResult.from_json({**metrics, **reached, **rest})):
             return epoch
     return TUNE_EPOCHS
 

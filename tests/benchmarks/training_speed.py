@@ -16,7 +16,8 @@ import torch
 
 from pruners import PrunableViT
 from pruners.training.evaluation import evaluate
-from pruners.training.fine_tune import FineTuner, Recipe
+from pruners.training.fine_tune import FineTuner
+from pruners.training.recipe import Recipe
 
 MODEL = Path(__file__).parents[2] / "search" / "sample" / "vit_cifar10.safetensors"
 ROUNDS, BATCHES, BATCH = 5, 3, 128

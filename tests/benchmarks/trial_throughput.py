@@ -37,10 +37,12 @@ from pruners.families.allocation import smallest
 from search.data.augment import Epoch
 from search.data.model import load_model
 from search.data.teacher import open_answers
+from search.records.events import TrialConfig
 from search.sweep.spec import Sweep
 from search.sweep.toml import load_sweep
 from search.trial.inputs import TrialInputs
-from search.trial.trial import PlanTrial
+from search.trial.trial import Trial
+from search.trial.workers import OneWorker
 
 ROOT = Path(__file__).parents[2]
 TRIALS = (16, 50)  # that share what is computed once
@@ -117,54 +119,56 @@ class Actor:
 
     def __init__(self, inputs: dict[str, TrialInputs]) -> None:
         idle = config_of(Plan())
-        self.trials = {kind: trial_of(idle, given) for kind, given in inputs.items()}
+        self.trials = {k: Trial.first(given, idle, OneWorker()) for k, given in inputs.items()}
 
     def cut(self, plan: Plan) -> None:
         """Let both begin with a plan."""
-        for trial in self.trials.values():
-            trial.reset_config(config_of(plan))
-            trial.step()
+        for kind, trial in self.trials.items():
+            self.trials[kind] = trial.next(config_of(plan))
+            self.trials[kind].step()
 
     def train(self, kind: str, batches: int) -> Seconds:
         """Train on some batches and return what an epoch takes."""
         trial = self.trials[kind]
         wall, cpu = time.perf_counter(), time.process_time()
-        trial.tuner.train_taught(itertools.islice(trial._train_batches(), batches))
+        training = trial.training
+        training.tuner.train_taught(itertools.islice(training.batches(1), batches))
         scale = steps_of(trial) / batches
         return Seconds((time.perf_counter() - wall) * scale, (time.process_time() - cpu) * scale)
 
     def teach(self) -> tuple[float, float]:
         """Return the processor's seconds for opening and looking up answers, and computing them."""
-        trial = self.trials["shared"]
-        teacher, batch = trial.teacher, trial.sweep.data.batch_size
+        context = self.trials["shared"].context
+        teacher, batch = context.teacher, context.sweep.data.batch_size
         epoch = Epoch(time.time_ns() % 2**32, 1)  # nobody has asked for it
-        order = np.random.default_rng(0).permutation(len(trial.train_images))
+        order = np.random.default_rng(0).permutation(len(context.train_images))
         start = time.process_time()
         shape = teacher.answers(epoch).shape
         compute = time.process_time() - start
         start = time.process_time()
         answers = open_answers(teacher.path(epoch), shape)
         assert answers is not None
-        for first in range(0, steps_of(trial) * batch, batch):
+        for first in range(0, steps_of(self.trials["shared"]) * batch, batch):
             torch.from_numpy(answers[order[first : first + batch]]).float()
         return time.process_time() - start, compute
 
 
-def config_of(plan: Plan) -> dict[str, Any]:
-    text = json.dumps(plan.to_json())
-    return {"trial": "0001", "origin": "search", "epochs": 1, "plan": text, "cost_ratio": 1.0}
+def config_of(plan: Plan) -> TrialConfig:
+    return TrialConfig(
+        trial="0001",
+        origin="search",
+        plan=json.dumps(plan.to_json()),
+        learned="",
+        parameters={},
+        of="",
+        seed=0,
+        epochs=1,
+        cost_ratio=1.0,
+    )
 
 
-def steps_of(trial: PlanTrial) -> int:
-    return len(trial.train_images) // trial.sweep.data.batch_size
-
-
-def trial_of(config: dict[str, Any], inputs: TrialInputs) -> PlanTrial:
-    class Here(PlanTrial):
-        def setup(self, config: dict[str, Any]) -> None:  # type: ignore[override]
-            super().setup(config, inputs)
-
-    return Here(config)
+def steps_of(trial: Trial) -> int:
+    return len(trial.context.train_images) // trial.context.sweep.data.batch_size
 
 
 def measure(actors: list[Any], plan: Plan, args: argparse.Namespace) -> dict[str, list[Seconds]]:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pruners import PrunableViT
 from pruners.training.evaluation import evaluate
-from pruners.training.fine_tune import FineTuner, Recipe
+from pruners.training.fine_tune import FineTuner
+from pruners.training.recipe import Recipe
 from search.data.decode import ImageSpec
 from search.data.images import Images, open_images
 

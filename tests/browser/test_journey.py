@@ -18,12 +18,12 @@ from playwright.sync_api import Frame, Page, expect
 from pruners import PrunableViT
 from search.records.files import read_front
 from search.records.front import Front
-from search.tracking.runs import local_uri
+from search.tracking.addresses import local_uri
+from tests.browser.copied import block, blocks
 from tests.browser.demo import Demo, keep, python, server
-from tests.browser.readme import block, blocks
 
-STEP = "3. Approve a model"
-"""README.md's section on what follows the review."""
+CODE = [*blocks("Serve it", "python"), *blocks("Load it", "python")]
+"""Lines that use a model: what was approved, and what was exported."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -154,7 +154,7 @@ def test_runs_are_found_by_a_filter(
 
 
 def as_here(code: str, demo: Demo, out: Path | None = None) -> str:
-    """Return what a reader of README.md copies, for this sweep and this place of an export."""
+    """Return what a reader of the page copies, for this sweep and this place of an export."""
     code = code.replace("results/sample", str(demo.directory))
     return re.sub(r"\bsmall\b", str(out), code) if out else code
 
@@ -165,11 +165,12 @@ def test_a_version_is_approved(
     page = browser_page
     page.goto(f"{mlflow_ui}/#/models/sample?workflowType=machine_learning")
     expect(page.get_by_text("best-under-50").first).to_be_visible()
-    _, *command = shlex.split(as_here(block(STEP, "python -m search promote"), demo))
+    _, *command = shlex.split(as_here(block("Approve a model", "python -m search promote"), demo))
     said = python(*command)
     version = client.get_model_version_by_alias("sample", "approved")
     assert f"approved version 1 of sample: trial {version.tags['trial']}" in said
-    assert f"serve it with: {as_here(block(STEP, 'MLFLOW_TRACKING_URI'), demo)}" in said + "\n"
+    served = as_here(block("Serve it", "MLFLOW_TRACKING_URI"), demo)
+    assert f"serve it with: {served}" in said + "\n"
     page.reload()
     expect(page.get_by_text("approved").first).to_be_visible()
     keep(page, "model")
@@ -185,12 +186,12 @@ def approved(demo: Demo, client: MlflowClient) -> PrunableViT:
 
 
 def test_what_was_approved_is_served(demo: Demo, approved: PrunableViT) -> None:
-    """By README.md's two commands, word for word but for the port."""
+    """By the page's two commands, word for word but for the port."""
     variable, program, *arguments = shlex.split(
-        as_here(block(STEP, "MLFLOW_TRACKING_URI"), demo).replace("--port 5001", "")
+        as_here(block("Serve it", "MLFLOW_TRACKING_URI"), demo).replace("--port 5001", "")
     )
     assert program == "mlflow"
-    ask = as_here(block(STEP, "curl"), demo)
+    ask = as_here(block("Serve it", "curl"), demo)
     with server(*arguments, **dict([variable.split("=", 1)])) as address:
         ask = ask.replace("http://127.0.0.1:5001", address)
         answer = subprocess.run(ask, shell=True, capture_output=True, text=True, check=True)
@@ -203,9 +204,9 @@ def test_what_was_approved_is_served(demo: Demo, approved: PrunableViT) -> None:
 
 @pytest.fixture(scope="session")
 def exported(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What README.md's command exports."""
+    """What the page's command exports."""
     out = tmp_path_factory.mktemp("export") / "small"
-    _, *command = shlex.split(as_here(block(STEP, "python -m search export"), demo, out))
+    _, *command = shlex.split(as_here(block("Export it", "python -m search export"), demo, out))
     python(*command)
     return out
 
@@ -224,11 +225,11 @@ np.save("logits.npy", np.asarray(logits))
 """
 
 
-@pytest.mark.parametrize("number", range(len(blocks(STEP, "python"))))
+@pytest.mark.parametrize("number", range(len(CODE)))
 def test_lines_of_code_do_what_they_say(
     number: int, demo: Demo, exported: Path, approved: PrunableViT, tmp_path: Path
 ) -> None:
-    code = as_here(blocks(STEP, "python")[number], demo, exported)
+    code = as_here(CODE[number], demo, exported)
     needs_torch = "import torch" in code or "PrunableViT" in code
     images = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     np.save(tmp_path / "images.npy", images)

@@ -14,7 +14,7 @@ from mlflow.tracking import MlflowClient
 
 from search.records.files import read_front, read_trials
 from search.records.journal import Journal
-from search.tracking.runs import local_uri
+from search.tracking.addresses import local_uri
 from tests.forks.client import Forked
 from tests.processes import ROOT
 from tests.sweeps import write_sweep

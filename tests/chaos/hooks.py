@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from search.records.events import TrialConfig
     from search.sweep.spec import Sweep
 
 
@@ -133,7 +134,7 @@ def _watch() -> None:
     from search.trial import trial_files
 
     notes = Path(os.environ["GPU_NOTES"])
-    device_of, decode_to, load = splits.trial_device, images._decode_to, Learned.load
+    device_of, decode_to, load = splits.trial_device, images.write_decoded, Learned.load
 
     def note(what: str, **values: object) -> None:
         node = ray.get_runtime_context().get_node_id()
@@ -168,11 +169,11 @@ def _watch() -> None:
         return load(path)
 
     class Files(trial_files.TrialFiles):
-        def __init__(self, directory: Path, config: dict[str, Any]) -> None:
-            note("trial", learned=config["learned"], bytes=len(json.dumps(config)))
+        def __init__(self, directory: Path, config: TrialConfig) -> None:
+            note("trial", learned=config.learned, bytes=len(json.dumps(config.to_json())))
             super().__init__(directory, config)
 
     splits.trial_device = device
-    images._decode_to = decode
+    images.write_decoded = decode
     Learned.load = loaded  # type: ignore[method-assign, assignment]
     trial_files.TrialFiles = Files  # type: ignore[misc]

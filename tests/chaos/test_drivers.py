@@ -9,7 +9,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from search.records.files import read_front
-from search.tracking.runs import local_uri
+from search.tracking.addresses import local_uri
 from tests.chaos.faults import Faulty, until
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]

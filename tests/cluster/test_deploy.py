@@ -217,7 +217,11 @@ def test_image_has_the_projects_version() -> None:
 
 def test_image_has_the_ray_and_mlflow_that_the_project_wants() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = {r.name: r for r in map(Requirement, project["dependencies"])}
+    extras = project["optional-dependencies"]
+    wanted = {r.name: r for r in map(Requirement, project["dependencies"] + extras["search"])}
+    for requirement in map(Requirement, extras["cluster"]):  # the same, where both name it
+        same = wanted.get(requirement.name, requirement)
+        assert same.specifier == requirement.specifier
     pinned = dict(re.findall(r"^ARG (\w+)_VERSION=(\S+)$", dockerfile(), re.MULTILINE))
     assert set(pinned) == {"RAY", "MLFLOW"}
     assert wanted["ray"].specifier.contains(pinned["RAY"])

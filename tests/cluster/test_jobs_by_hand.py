@@ -1,4 +1,4 @@
-"""The README's line for clusters, for real: `ray job submit` with token authentication."""
+"""The line for clusters of docs/clusters.md, for real: `ray job submit` with a token."""
 
 from __future__ import annotations
 

@@ -7,33 +7,32 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from search.records.ledger import METRICS
 from search.records.trial_record import TrialRecord
 from search.sweep.spec import Budget, DataSpec, ModelSpec, StepSpec, Sweep
 from search.tracking.runs import SweepRuns
 from tests.models import build_tiny
+from tests.search.trial_events import config_of, result_of
 
 TINY_SHAPE = build_tiny().shape()
 SHAPE = TINY_SHAPE.to_json()
 
 
 def asked(r: TrialRecord, at: int = 1_000) -> dict[str, Any]:
-    config = {
-        "trial": r.trial,
-        "origin": r.origin,
-        "of": r.of,
-        "seed": r.seed,
-        "parameters": r.parameters,
-        "cost_ratio": r.cost_ratio,
-        "plan": json.dumps(r.plan),
-    }
-    return {"event": "asked", "time": at, "config": config}
+    config = config_of(
+        r.trial,
+        origin=r.origin,
+        of=r.of,
+        seed=r.seed,
+        parameters=r.parameters,
+        cost_ratio=r.cost_ratio,
+        plan=json.dumps(r.plan),
+    )
+    return {"event": "asked", "time": at, "config": config.to_json()}
 
 
 def epoch(r: TrialRecord, number: int, top1: float, at: int = 1_001) -> dict[str, Any]:
-    result = dict.fromkeys(METRICS, 0.5) | {"val_top1": top1, "trial": r.trial, "epoch": number}
-    result["shape"] = json.dumps(SHAPE)
-    return {"event": "epoch", "time": at, "result": result}
+    result = result_of(r.trial, epoch=number, val_top1=top1, shape=json.dumps(SHAPE))
+    return {"event": "epoch", "time": at, "result": result.to_json()}
 
 
 def ended(r: TrialRecord, count: int, volume: float | None, at: int = 1_002) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
-from search.records.ledger import METRICS
+from tests.search.trial_events import config_of, result_of
 
 PLAN = {"steps": [{"method": "magnitude", "options": {}, "thresholds": {"blocks.0.mlp.fc1": 0.5}}]}
 
@@ -20,34 +20,23 @@ class Clock:
 
 
 def trial_of(name: str, ratio: float = 0.5, origin: str = "search", of: str = "") -> Any:
-    config = {
-        "trial": name,
-        "origin": origin,
-        "epochs": 1,
-        "plan": json.dumps({"steps": []} if origin == "dense" else PLAN),
-        "cost_ratio": ratio,
-        "parameters": {"budget": ratio},
-        "of": of,
-        "seed": 0,
-    }
-    return SimpleNamespace(config=config, trial_id=f"ray-{name}", error_file=None)
+    plan = json.dumps({"steps": []} if origin == "dense" else PLAN)
+    config = config_of(name, origin=origin, epochs=1, plan=plan, cost_ratio=ratio, of=of)
+    return SimpleNamespace(config=config.to_json(), trial_id=f"ray-{name}", error_file=None)
 
 
 def result(trial: Any, top1: float, epoch: int = 0, status: str = "finished") -> dict[str, Any]:
     ratio = trial.config["cost_ratio"]
-    return {
-        **dict.fromkeys(METRICS, 1.0),
-        "trial": trial.config["trial"],
-        "epoch": epoch,
-        "status": status,
-        "reason": "",
-        "val_top1": top1,
-        "gmacs": ratio,
-        "effective_gmacs": ratio,
-        "params": 1000,
-        "shape": json.dumps({"blocks": []}),
-        "by_class": [top1, None],
-    }
+    found = result_of(
+        trial.config["trial"],
+        epoch=epoch,
+        status=status,
+        val_top1=top1,
+        gmacs=ratio,
+        effective_gmacs=ratio,
+        by_class=[top1, None],
+    )
+    return found.to_report()
 
 
 DENSE = trial_of("0000", 1.0, "dense")

@@ -19,6 +19,7 @@ from search.records.trial_record import TrialRecord
 from search.sweep.toml import load_sweep, sweep_toml
 from search.trial.trial_files import TrialFiles
 from tests.models import images_for
+from tests.search.trial_events import config_of, result_of
 
 ALL = {
     *("model.safetensors", "shape.json", "model.pt2", "model.onnx", "measured.json"),
@@ -28,8 +29,8 @@ ALL = {
 
 def add(directory: Path, trial: str, vit: PrunableViT, status: str) -> TrialRecord:
     """Leave what a trial leaves."""
-    files = TrialFiles(directory, {"trial": trial})
-    files.save(vit, [{"epoch": 1, "status": "finished", "val_top1": 61.25}], None, 1.0)
+    last = result_of(trial, epoch=1, status="finished", val_top1=61.25)
+    TrialFiles(directory, config_of(trial)).save(vit, [last], None, 1.0)
     return TrialRecord(
         trial=trial,
         name=trial,

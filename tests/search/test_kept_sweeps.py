@@ -21,7 +21,7 @@ from search.__main__ import main
 from search.records.files import read_front, read_trials
 from search.records.journal import Journal
 from search.records.ledger import LEDGER
-from search.tracking.runs import RUNS
+from search.tracking.run_ids import RUNS
 
 KEPT = Path(__file__).parent / "kept_sweeps"
 MADE_IN = "/tmp/kept"

@@ -10,6 +10,7 @@ import pytest
 
 from search import recorder as module
 from search.recorder import Recorder
+from search.records.events import TrialConfig
 from search.records.files import read_front, read_trials
 from search.records.front import build_front
 from search.records.ledger import Ledger
@@ -56,7 +57,7 @@ def fails(trial: Any, said: str) -> None:
 
 
 def start(recorder: Recorder, trial: Any) -> None:
-    recorder.ledger.ask(trial.config)  # as the searcher does
+    recorder.ledger.ask(TrialConfig.from_json(trial.config))  # as the searcher does
     recorder.on_trial_start(0, [], trial)
 
 
@@ -108,7 +109,7 @@ def test_what_a_scheduler_ends_is_stopped_and_never_on_the_front(sweep: Sweep) -
     run(recorder, DENSE, 80.0)
     run(recorder, trial_of("0001"), 79.0, "running")
     failed = trial_of("0002")
-    recorder.ledger.ask(failed.config)
+    recorder.ledger.ask(TrialConfig.from_json(failed.config))
     fails(failed, "ValueError: two lines\n  the second\n")
     recorder.retries.most = 0
     recorder.on_trial_error(0, [], failed)

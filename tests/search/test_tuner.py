@@ -26,7 +26,7 @@ from search.records.front_diff import change
 from search.records.journal import Journal
 from search.sweep.spec import SweepError
 from search.sweep.toml import load_sweep
-from search.tracking.runs import local_uri
+from search.tracking.addresses import local_uri
 from search.trial.worker_group import HEAD
 from search.tuner import bundle, most_trials_at_once
 from tests.forks.client import Forked

@@ -71,9 +71,6 @@ class Known(LearnedPruner):
     def learner(self, vit, data):
         raise AssertionError("nothing is learned")
 
-    def conclude(self, learner, data):
-        raise AssertionError("nothing is learned")
-
 
 def margins(method: Known, shape, blocks=(0.5, 0.5, 0.5)) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)

@@ -66,10 +66,16 @@ def test_sites_are_the_papers_places_or_those_of_the_option(tiny) -> None:
     assert list(First().sites(tiny().shape())) == ["blocks.1.token", "blocks.2.token"]
 
 
-@pytest.mark.parametrize("blocks", [(0,), (-1, 2), (3, 3), (2.0,), ("3",), (True,)])
+@pytest.mark.parametrize("blocks", [(0,), (-1, 2), (2.0,), ("3",), (True,)])
 def test_blocks_that_cannot_be_are_refused(blocks: tuple[object, ...]) -> None:
-    with pytest.raises(ValueError, match=r"option blocks of test_selector_pruner is \[.*different"):
+    right = "each a whole number, at least 1"
+    with pytest.raises(ValueError, match=rf"option blocks of test_selector is \[.*{right}"):
         First(blocks=blocks)
+
+
+def test_blocks_that_come_twice_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"option blocks of test_selector is \[3, 3\].*different"):
+        First(blocks=(3, 3))
 
 
 def test_a_block_that_the_model_lacks_is_refused(tiny) -> None:
@@ -80,7 +86,9 @@ def test_a_block_that_the_model_lacks_is_refused(tiny) -> None:
 @pytest.mark.parametrize("option", ["ratio_weight", "token_weight"])
 @pytest.mark.parametrize("weight", [-0.1, float("nan")])
 def test_negative_weights_are_refused(option: str, weight: float) -> None:
-    with pytest.raises(ValueError, match=f"option {option} of .* is {weight}; give at least 0"):
+    with pytest.raises(
+        ValueError, match=f"option {option} of .* is {weight}; give a number, at least 0"
+    ):
         First(**{option: weight})
 
 

@@ -70,8 +70,10 @@ def test_wrong_options_are_refused() -> None:
         ValueError, match=r"pattern of cap is '1:4'; give one of \['none', '2:4', '4:8'\]"
     ):
         load_method("cap", pattern="1:4")
-    with pytest.raises(ValueError, match="rounds and ramp_epochs of taylor are 0 and 0"):
-        load_method("taylor", rounds=0)
+    for option, value, least in (("rounds", 0, 1), ("ramp_epochs", -1, 0)):
+        right = f"option {option} of taylor is {value}; give a whole number, at least {least}"
+        with pytest.raises(ValueError, match=right):
+            load_method("taylor", **{option: value})
 
 
 def test_rounds_score_anew_before_each_sub_step(tiny, batches) -> None:

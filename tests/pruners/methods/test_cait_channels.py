@@ -10,8 +10,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from pruners import PrunableViT, cost_of, load_method
-from pruners.families.unit import slice_scores
 from pruners.methods.cait_channels import StraightThroughGate, removed_share
+from pruners.model.ranking import slice_scores
 from pruners.model.sites import kind_of
 from pruners.model.surgery import keep_heads, remove_attention, remove_mlp
 from pruners.training.learner import LearningData, run
@@ -228,7 +228,7 @@ def test_q_and_k_and_v_and_proj_lose_the_same_channels_and_heads_the_same_number
 ) -> None:
     vit = tiny(**WIDE)
     method, learner = finished(vit, batches)
-    learned = method.conclude(learner, LearningData.of(batches))
+    learned = learner.conclude(LearningData.of(batches))
     before = learner.vit
     macs = 0.5 * cost_of(vit.shape()).macs
     method.cut_learned(vit, learned, method.allocate(vit.shape(), learned.scores, macs))
@@ -278,7 +278,7 @@ def test_masked_equals_shrunk_and_another_scale_breaks_it(frozen: bool, tiny, ba
     expected = learner.vit(images).detach()
     assert (expected - vit(images)).abs().max() > 1e-2
     learner.decided.fill_(method.decisions)
-    learned = method.conclude(learner, LearningData.of(batches))
+    learned = learner.conclude(LearningData.of(batches))
     shares = method.allocate(vit.shape(), learned.scores, 0.5 * cost_of(vit.shape()).macs)
     method.cut_learned(vit, learned, shares)
     assert all(8 <= block.qk_dim < 16 for block in vit.shape().blocks)
@@ -401,7 +401,7 @@ def test_a_run_ends_at_its_budget_and_the_allocation_chooses_its_masks_again(
     shape = vit.shape()
     method, learner = finished(vit, batches, budget=budget)
     assert learner.frozen
-    learned = method.conclude(learner, LearningData.of(batches))
+    learned = learner.conclude(LearningData.of(batches))
     assert budget - 0.01 <= learned.report["remaining_macs"] <= budget
     macs = budget * cost_of(shape).effective_macs
     masks = method.kept(shape, learned.scores, method.allocate(shape, learned.scores, macs))
@@ -414,7 +414,7 @@ def test_a_run_ends_at_its_budget_and_the_allocation_chooses_its_masks_again(
 def test_a_budget_below_the_floors_is_reported_and_refused_by_the_allocation(tiny, batches) -> None:
     vit = tiny()  # 8 dims per head: only neurons can go
     method, learner = finished(vit, batches, budget=0.3)
-    learned = method.conclude(learner, LearningData.of(batches))
+    learned = learner.conclude(LearningData.of(batches))
     dense = cost_of(vit.shape()).macs
     assert learned.report["remaining_macs"] == method.least_macs(vit.shape()) / dense > 0.3
     with pytest.raises(ValueError, match="out of reach"):
@@ -489,8 +489,8 @@ def test_a_run_of_one_step_still_decides(tiny, batches) -> None:
 
 def test_nothing_is_left_in_the_model(tiny, batches) -> None:
     vit = tiny(**WIDE)
-    method, learner = finished(vit, batches)
-    learned = method.conclude(learner, LearningData.of(batches))
+    _, learner = finished(vit, batches)
+    learned = learner.conclude(LearningData.of(batches))
     assert [type(m) for m in learner.vit.modules()] == [type(m) for m in vit.modules()]
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in learner.vit.modules())
     assert set(learned.weights) == set(vit.vit.state_dict())
@@ -503,7 +503,7 @@ def test_blocks_may_lack_heads_or_a_branch_and_normalised_q_and_k_stay(tiny, bat
     remove_attention(vit.blocks[1])
     remove_mlp(vit.blocks[2])
     method, learner = finished(vit, batches, budget=0.7)
-    learned = method.conclude(learner, LearningData.of(batches))
+    learned = learner.conclude(LearningData.of(batches))
     assert set(learned.scores) == set(method.sites(vit.shape()))
     assert not any(site.endswith("qk_dim") for site in learned.scores)
     assert learned.scores["blocks.0.attn.v_dim"].shape == (2, 16)
@@ -522,12 +522,12 @@ def test_where_nothing_can_go_nothing_is_masked(tiny, batches) -> None:
     ("option", "value", "right"),
     [
         ("budget", 1.0, "0 < budget < 1"),
-        ("decisions", 0, "from 1 to inf"),
+        ("decisions", 0, "at least 1"),
         ("ramp", 0.0, "from 0.05 to 1"),
         ("ramp", float("nan"), "from 0.05 to 1"),
         ("ema", 1.5, "from 0 to 1"),
-        ("distill", -0.5, "from 0 to inf"),
-        ("least_dims", 0, "from 1 to inf"),
+        ("distill", -0.5, "at least 0"),
+        ("least_dims", 0, "at least 1"),
         ("least_neurons", 1.1, "from 0 to 1"),
         ("units", ("head",), "qk_dim"),
         ("multiple", 0, "at least 1"),

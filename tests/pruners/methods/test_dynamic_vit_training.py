@@ -12,7 +12,8 @@ from torch import Tensor
 from pruners import PrunableViT, load_method
 from pruners.model.types import Thresholds
 from pruners.training.evaluation import evaluate
-from pruners.training.fine_tune import FineTuner, Recipe
+from pruners.training.fine_tune import FineTuner
+from pruners.training.recipe import Recipe
 from tests.models import TINY, images_for
 
 THREE = {"blocks.1.token": 0.3, "blocks.2.token": 0.3, "blocks.3.token": 0.3}

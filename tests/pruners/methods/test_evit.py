@@ -165,7 +165,7 @@ def test_the_ramp_starts_at_everything_and_ends_at_its_share(tiny) -> None:
     assert tokens[0] == 25
     assert tokens == sorted(tokens, reverse=True)
     assert vit.shape() == plan.shape(tiny(img_size=(48, 32)).shape())
-    with pytest.raises(ValueError, match="option ramp_epochs of evit is -1; give at least 0"):
+    with pytest.raises(ValueError, match="ramp_epochs of evit is -1; give a whole number, at le"):
         load_method("evit", ramp_epochs=-1)
 
 

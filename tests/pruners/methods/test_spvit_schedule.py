@@ -16,8 +16,9 @@ from pruners.latency.table import LatencyTable
 from pruners.methods.spvit import with_selectors
 from pruners.model.tokens import Tokens, split_by_score
 from pruners.training.evaluation import evaluate
-from pruners.training.fine_tune import FineTuner, Recipe
+from pruners.training.fine_tune import FineTuner
 from pruners.training.learner import LearningData
+from pruners.training.recipe import Recipe
 from tests.models import images_for
 
 

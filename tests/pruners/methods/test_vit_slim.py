@@ -37,7 +37,7 @@ def spread_out(learner):
 
 def learned_from(vit, batches, **options):
     method, learner = fresh(vit, batches, **options)
-    learned = method.conclude(spread_out(learner), LearningData.of(batches))
+    learned = spread_out(learner).conclude(LearningData.of(batches))
     return method, learned
 
 
@@ -129,12 +129,10 @@ def test_one_mask_is_that_of_a_dim_in_q_k_and_v(fused: bool, tiny, batches) -> N
 def test_folded_masks_equal_soft_masks(dims: str, variant: str, tiny) -> None:
     vit = tiny(**VARIANTS[variant])
     images = images_for(vit)
-    method, learner = fresh(
-        vit, [(images, torch.zeros(3, dtype=torch.long))], units=(dims, "neuron")
-    )
+    _, learner = fresh(vit, [(images, torch.zeros(3, dtype=torch.long))], units=(dims, "neuron"))
     spread_out(learner).set_gates()
     expected = learner.vit(images)
-    learned = method.conclude(learner, LearningData.of([]))
+    learned = learner.conclude(LearningData.of([]))
     vit.vit.load_state_dict(dict(learned.weights))
     torch.testing.assert_close(vit(images), expected, atol=2e-5, rtol=1e-5)
 

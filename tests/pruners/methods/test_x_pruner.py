@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pruners import cost_of, load_method
-from pruners.methods.x_pruner import second_difference
+from pruners.model.class_masks import second_difference
 from pruners.model.gates import remove_gates
 from pruners.training.learner import LearningData, run
 from tests.models import images_for
@@ -59,7 +59,7 @@ def test_a_step_moves_only_the_rows_of_its_labels_and_no_weight(tiny, batches) -
 def test_labels_matter_in_stage_1_and_never_afterwards(tiny, batches) -> None:
     """The label leak: a masked forward pass knows the label, what is concluded must not."""
     vit = tiny()
-    method, learner = in_stage_2(vit, batches, epochs=1)
+    _, learner = in_stage_2(vit, batches, epochs=1)
     image = images_for(vit, 1)
     learner.vit.eval()
 
@@ -71,7 +71,7 @@ def test_labels_matter_in_stage_1_and_never_afterwards(tiny, batches) -> None:
     assert (logits(0) - logits(1)).abs().max() > 1e-4
     learner.step(image, torch.tensor([0]), 0.9)
     assert all(gate.value.shape[:-1] == () for gate in learner._gates)  # one value per unit
-    learned = method.conclude(learner, LearningData.of(batches))
+    learned = learner.conclude(LearningData.of(batches))
     vit.vit.load_state_dict(dict(learned.weights))
     assert torch.isfinite(vit(image)).all()  # a plain model that takes nothing but images
 
@@ -156,7 +156,7 @@ def test_hard_gates_equal_surgery_and_the_formula_the_flop_counter(tiny, batches
     images = images_for(vit)
     expected = learner.vit.eval()(images)
     removed = learner.removed_macs(gates).item()
-    learned = method.conclude(learner, LearningData.of(batches))
+    learned = learner.conclude(LearningData.of(batches))
     shares = {site: 1.0 - gate.mean().item() for site, gate in gates.items()}
     dense = cost_of(vit.shape()).macs
     method.cut_learned(vit, learned, shares)
@@ -178,7 +178,7 @@ def trained(vit, batches):
 
 
 def neuron_masks(vit, batches):
-    _method, learner = fresh(vit, batches, mask_epochs=1, thresholds="global", smoothness=0.0)
+    _, learner = fresh(vit, batches, mask_epochs=1, thresholds="global", smoothness=0.0)
     run(learner, LearningData.of(batches), 1, seed=0)
 
     def ranks(classes):

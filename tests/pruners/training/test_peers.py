@@ -12,9 +12,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from pruners.training.fine_tune import FineTuner, Recipe, TrainingLeftError
+from pruners.training.fine_tune import FineTuner, TrainingLeftError
 from pruners.training.optimisation import NonFiniteLossError
 from pruners.training.peers import PeerOutOfMemoryError, Peers
+from pruners.training.recipe import Recipe
 from tests.models import build_tiny
 
 pytestmark = pytest.mark.slow
@@ -83,14 +84,14 @@ def left(peers: Peers, batches: Taught) -> int:
 def ran_out(peers: Peers, batches: Taught) -> str:
     """The second process runs out of memory in its second step."""
     tuner = tuner_of(PLAIN, peers)
-    loss_of = tuner._loss_of
+    loss_of = tuner.loss
 
     def limited(*batch: Any) -> Tensor:
         if peers.rank == 1 and tuner.steps == 1:
             raise MemoryError("full")
         return loss_of(*batch)
 
-    tuner._loss_of = limited  # type: ignore[method-assign]
+    tuner.loss = limited  # type: ignore[assignment]
     try:
         tuner.train_taught(batches)
     except MemoryError as error:

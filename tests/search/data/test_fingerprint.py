@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from search.check import check
-from search.data.fingerprint import identity
+from search.data.fingerprint import fingerprint
 from search.data.splits import open_split
 from search.records.ledger import Ledger, refuse_another
 from search.sweep.spec import SweepError
@@ -16,7 +16,7 @@ from tests.images import labelled, write_images
 
 def identity_of(sweep_file: Path, *sets: str) -> dict[str, str]:
     sweep = load_sweep(sweep_file, sets)
-    return identity(sweep, check(sweep)[0])
+    return fingerprint(sweep, check(sweep)[0])
 
 
 def test_it_is_of_content_and_of_nothing_else(sweep_file: Path) -> None:
@@ -39,7 +39,7 @@ def test_it_is_what_trials_open(sweep_file: Path) -> None:
     for sets in ((), ("data.cache_gb=0",)):  # decoded, and streamed
         sweep = load_sweep(sweep_file, sets)
         dense, _ = check(sweep)
-        expected = identity(sweep, dense)
+        expected = fingerprint(sweep, dense)
         for split in ("train", "val", "test"):
             assert open_split(sweep, dense, split).digest == expected[f"data.{split}"]
 

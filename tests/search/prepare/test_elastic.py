@@ -17,8 +17,8 @@ from pruners import Plan, PrunableViT, Step, load_method
 from pruners.families.learned import Learned
 from pruners.subnet import Subnet
 from pruners.training.evaluation import evaluate
-from pruners.training.fine_tune import Recipe
 from pruners.training.optimisation import NonFiniteLossError, schedule_factor
+from pruners.training.recipe import Recipe
 from search.check import check
 from search.data.splits import open_split
 from search.prepare.elastic import (

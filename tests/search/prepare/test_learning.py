@@ -16,11 +16,11 @@ from pruners.families.pruner import method_names
 from search.__main__ import main
 from search.check import check
 from search.data.splits import calibration_batches, open_split
-from search.prepare.learning import FOLDER, identity, learn_all, learn_once
+from search.prepare.learning import FOLDER, learn_all, learn_once, learning_digest
 from search.records.files import read_front, read_trials
 from search.sweep.spec import SweepFailedError
 from search.sweep.toml import load_sweep
-from search.tracking.runs import local_uri
+from search.tracking.addresses import local_uri
 
 QUICK = 'steps=[{method="x_pruner", mask_epochs=1, epochs=1}, {method="evit"}]'
 LEARNERS = [name for name in method_names() if isinstance(load_method(name), LearnedPruner)]
@@ -47,14 +47,16 @@ def test_what_is_learned_is_found_again_and_anything_decisive_changes_its_name(
     assert "learned before" in again.describe()
 
     train, val = splits(sweep, dense)
-    names = {identity(sweep, dense, method, train, val)}
-    names.add(identity(sweep, dense, dataclasses.replace(method, lr=1e-3), train, val))
-    names.add(identity(sweep, dense, method, val, val))
+    names = {learning_digest(sweep, dense, method, train, val)}
+    names.add(learning_digest(sweep, dense, dataclasses.replace(method, lr=1e-3), train, val))
+    names.add(learning_digest(sweep, dense, method, val, val))
     for changed in ("seed=1", "data.batch_size=8", "finetune.augment=false"):
-        names.add(identity(load_sweep(sweep_file, [QUICK, changed]), dense, method, train, val))
+        names.add(
+            learning_digest(load_sweep(sweep_file, [QUICK, changed]), dense, method, train, val)
+        )
     with torch.no_grad():
         dense.vit.head.bias[0] += 1e-6
-    names.add(identity(sweep, dense, method, train, val))
+    names.add(learning_digest(sweep, dense, method, train, val))
     assert len(names) == 7
 
 

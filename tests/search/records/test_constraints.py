@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from search.records.constraints import violated, violations
-from search.sweep.spec import Constraints
+from search.sweep.parts import Constraints
 
 FIGURES = {"params": 5e6, "images_per_s": 900.0, "drop": 1.5}
 BOUNDS = {"max_params": 4_000_000, "min_images_per_s": 1000.0, "max_drop": 1.0}

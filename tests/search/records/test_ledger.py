@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -7,11 +8,21 @@ from typing import Any
 
 import pytest
 
+from search.records.events import METRICS, EpochResult, TrialConfig
 from search.records.journal import Journal
-from search.records.ledger import METRICS, Ledger, new_record
+from search.records.ledger import Ledger, new_record
 from search.sweep.spec import Sweep
 from search.sweep.toml import load_sweep
-from tests.search.recorded import DENSE, Clock, result, trial_of
+from tests.search.recorded import DENSE, Clock, trial_of
+from tests.search.recorded import result as report
+
+
+def config(trial: Any) -> TrialConfig:
+    return TrialConfig.from_json(trial.config)
+
+
+def result(*args: Any) -> EpochResult:
+    return EpochResult.from_report(report(*args))
 
 
 @pytest.fixture
@@ -32,8 +43,8 @@ def test_events_are_in_the_file_as_they_happen(sweep: Sweep) -> None:
     ledger.begin()
     clock.now = 1.5
     ledger.add_once("learned", runs=[])
-    ledger.ask(DENSE.config)
-    assert ledger.report({**result(DENSE, 80.0), "of Ray": "nothing"})
+    ledger.ask(config(DENSE))
+    assert ledger.report(EpochResult.from_report({**report(DENSE, 80.0), "of Ray": "nothing"}))
     assert not ledger.report(result(DENSE, 81.0))  # known
     ledger.end("0000", "dense", "")
     ledger.stop("6 trials")
@@ -43,7 +54,8 @@ def test_events_are_in_the_file_as_they_happen(sweep: Sweep) -> None:
     _, _, asked, epoch, ended, stopped = events(sweep)
     assert asked["config"] == DENSE.config
     assert epoch["result"]["val_top1"] == 80.0
-    assert "of Ray" not in epoch["result"]
+    assert epoch["result"] == result(DENSE, 80.0).to_json()
+    assert {"of Ray", "done"}.isdisjoint(epoch["result"])
     assert (ended["count"], ended["hypervolume"], ended["front_size"]) == (1, 0.0, 0)
     assert stopped["why"] == "6 trials"
 
@@ -72,7 +84,7 @@ def test_a_record_knows_what_the_sweep_had_spent(sweep: Sweep) -> None:
     ledger = Ledger(sweep)
     ledger.add_once("classes", names=["cat", "dog"])
     for trial in (DENSE, trial_of("0001"), trial_of("0002")):
-        ledger.ask(trial.config)
+        ledger.ask(config(trial))
     ledger.report(result(DENSE, 80.0))  # measured, not tuned
     ledger.end("0000", "dense", "")
     for epoch in range(3):
@@ -90,9 +102,9 @@ def test_a_record_knows_what_the_sweep_had_spent(sweep: Sweep) -> None:
 
 def test_a_result_that_is_not_finite_is_kept_as_it_was(sweep: Sweep) -> None:
     ledger = Ledger(sweep)
-    ledger.ask(trial_of("0001").config)
-    failed = result(trial_of("0001"), 12.0, 1, "failed") | {"train_loss": math.nan}
-    ledger.report(failed)
+    ledger.ask(config(trial_of("0001")))
+    failed = result(trial_of("0001"), 12.0, 1, "failed")
+    ledger.report(dataclasses.replace(failed, train_loss=math.nan))
     again = Ledger(sweep)
     (epoch,) = again.records["0001"].history
     assert "train_loss" not in epoch
@@ -102,7 +114,7 @@ def test_a_result_that_is_not_finite_is_kept_as_it_was(sweep: Sweep) -> None:
 
 def test_a_ledger_without_its_beginning_is_refused(sweep: Sweep) -> None:
     ledger = Ledger(sweep)
-    ledger.ask(DENSE.config)
+    ledger.ask(config(DENSE))
     ledger.report(result(DENSE, 80.0))
     path = sweep.directory / "ledger.jsonl"
     path.write_text(path.read_text().splitlines(keepends=True)[1])
@@ -111,8 +123,8 @@ def test_a_ledger_without_its_beginning_is_refused(sweep: Sweep) -> None:
 
 
 def test_a_record_says_what_a_person_tells_it_apart_by() -> None:
-    confirm = new_record(trial_of("0007", 0.25, origin="confirm", of="0003").config)
+    confirm = new_record(config(trial_of("0007", 0.25, origin="confirm", of="0003")))
     assert confirm.name == "0007 magnitude 0.25x (confirm 0003)"
     assert (confirm.methods, confirm.origin, confirm.of) == ("magnitude", "confirm", "0003")
     assert confirm.plan == json.loads(trial_of("0007").config["plan"])
-    assert new_record(DENSE.config).name == "0000 dense"
+    assert new_record(config(DENSE)).name == "0000 dense"

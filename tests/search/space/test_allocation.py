@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pruners import cost_of, load_method
-from search.space.allocation import GRID, everything, own_shares
+from search.space.allocation import GRID, own_allocation, unscored_allocation
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def test_at_budgets_that_were_asked_it_is_the_methods_own_allocation(dense, batc
     for name in ("magnitude", "grouped", "tome"):
         method = load_method(name)
         scores = method.score(dense, batches)
-        own = own_shares(method, shape, scores, max_share=0.9999)
+        own = own_allocation(method, shape, scores, max_share=0.9999)
         for budget in own.budgets[(own.budgets > 0.0) & (own.budgets < 1.0)]:
             expected = method.allocate(shape, scores, budget * macs)
             assert own.at(budget) == pytest.approx({s: expected.get(s, 0.0) for s in own.shares})
@@ -26,7 +26,7 @@ def test_at_budgets_that_were_asked_it_is_the_methods_own_allocation(dense, batc
 
 def test_between_them_it_is_in_between_and_ends_at_everything(dense) -> None:
     method, shape = load_method("tome"), dense.shape()
-    own = own_shares(method, shape, {}, max_share=0.8)
+    own = own_allocation(method, shape, {}, max_share=0.8)
     assert own.budgets[0] == 0.0
     assert np.allclose(np.diff(own.budgets[1:]), GRID)
     for site, grid in own.shares.items():
@@ -40,7 +40,7 @@ def test_between_them_it_is_in_between_and_ends_at_everything(dense) -> None:
 def test_shares_stay_below_the_largest_but_for_what_goes_whole(tiny) -> None:
     shape, method = tiny(patch_size=4).shape(), load_method("wdpruning")
     scores = {s: torch.linspace(-1.0, 1.0, n) for s, n in method.sites(shape).items()}
-    own = own_shares(method, shape, scores, max_share=0.5)
+    own = own_allocation(method, shape, scores, max_share=0.5)
     for site, grid in own.shares.items():
         assert all(share <= 0.5 or share == 1.0 for share in grid), site
         assert grid[0] >= 0.5 or site.endswith(".block")
@@ -49,6 +49,6 @@ def test_shares_stay_below_the_largest_but_for_what_goes_whole(tiny) -> None:
 
 def test_of_what_is_not_known_only_the_reach_is_said(tiny) -> None:
     shape = tiny().shape()
-    own = everything(load_method("grouped"), shape, 0.9)
+    own = unscored_allocation(load_method("grouped"), shape, 0.9)
     assert set(own.at(0.0).values()) == {0.9}
     assert own.at(0.25) == pytest.approx(dict.fromkeys(own.shares, 0.675))

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from pruners import cost_of, load_method
-from search.space.allocation import own_shares
+from search.space.allocation import own_allocation
+from search.space.build import build_space
+from search.space.deviating import ResidualStep
 from search.space.space import OutOfReachError, Space
 from search.space.step import Rung
 from search.sweep.spec import SweepError
@@ -22,13 +24,13 @@ def rungs_of(sweep, vit, batches) -> dict[str, list[Rung]]:
     for label, spec in zip(sweep.labels, sweep.steps, strict=True):
         method = load_method(spec.method, **spec.options)
         scores = method.score(vit, batches)
-        own = own_shares(method, shape, scores, spec.max_share)
+        own = own_allocation(method, shape, scores, spec.max_share)
         found[label] = [Rung(pruner=method, own=own, path=label if scores else "")]
     return found
 
 
 def known_space(sweep, vit, batches) -> Space:
-    return Space(sweep, vit.shape(), rungs_of(sweep, vit, batches))
+    return build_space(sweep, vit.shape()).measured(rungs_of(sweep, vit, batches))
 
 
 @pytest.fixture
@@ -133,7 +135,7 @@ def test_the_space_is_static(space: Space) -> None:
 
 def test_layer_space_has_a_parameter_per_site(sweep_file, tiny) -> None:
     sweep = load_sweep(sweep_file, ['steps=[{method="grouped", space="layer"}]'])
-    parameters = Space(sweep, tiny().shape()).ladder()[0]
+    parameters = build_space(sweep, tiny().shape()).ladder()[0]
     assert {f"grouped.blocks.{i}.{u}" for i in range(3) for u in ("attn.head", "mlp.neuron")} < set(
         parameters
     )
@@ -152,7 +154,7 @@ def test_site_by_site_it_is_the_same_plan(space: Space) -> None:
         assert again.plan == proposal.plan
         assert set(again.parameters) == {*finer.ranges(), *finer.choices()}
     assert len(finer.ranges()) > 2 * len(space.ranges())
-    assert {step.kind for step in space.steps} == {"residual"}
+    assert {type(step) for step in space.steps} == {ResidualStep}
 
 
 def test_the_slope_runs_over_the_depth(space: Space) -> None:
@@ -188,7 +190,7 @@ def test_budgets_of_the_first_plans_go_from_coarse_to_fine(
     count: int, places: list[float], sweep_file, tiny
 ) -> None:
     sets = [MIXED, f"ladder={count}", f"alone={count}"]
-    space = Space(load_sweep(sweep_file, sets), tiny().shape())
+    space = build_space(load_sweep(sweep_file, sets), tiny().shape())
     expected = pytest.approx([0.5 + 0.4 * place for place in places])
     assert [parameters["budget"] for parameters in space.ladder()] == expected
     assert [parameters["budget"] for parameters in space.alone()[::3]] == expected
@@ -197,7 +199,7 @@ def test_budgets_of_the_first_plans_go_from_coarse_to_fine(
 
 def test_one_step_is_not_tried_alone_again(sweep_file, tiny) -> None:
     sweep = load_sweep(sweep_file, ['steps=[{method="magnitude"}]', "ladder=3", "alone=3"])
-    space = Space(sweep, tiny().shape())
+    space = build_space(sweep, tiny().shape())
     assert (len(space.ladder()), space.alone()) == (3, [])
 
 
@@ -213,7 +215,7 @@ def test_absent_steps_join_where_the_others_cannot_reach_the_budget(space: Space
 
 def test_a_budget_between_two_sizes_is_out_of_reach(sweep_file, tiny) -> None:
     steps = 'steps=[{method="grouped", units=["head"]}]'
-    space = Space(load_sweep(sweep_file, [steps, "budget=[0.851, 0.852]"]), tiny().shape())
+    space = build_space(load_sweep(sweep_file, [steps, "budget=[0.851, 0.852]"]), tiny().shape())
     with pytest.raises(OutOfReachError, match=r"between 0\.851 and 0\.852"):
         space.propose(space.ladder()[0])
 
@@ -236,20 +238,30 @@ def test_a_budget_between_two_sizes_is_out_of_reach(sweep_file, tiny) -> None:
 )
 def test_impossible_spaces_are_refused(override: str, message: str, sweep_file, tiny) -> None:
     with pytest.raises(SweepError, match=message):
-        Space(load_sweep(sweep_file, [override]), tiny().shape())
+        build_space(load_sweep(sweep_file, [override]), tiny().shape())
+
+
+@pytest.mark.parametrize("steps", [MIXED, 'steps=[{method="grouped", max_share=1.0}]'])
+def test_measured_methods_cut_at_least_as_far(steps: str, sweep_file, tiny, batches) -> None:
+    """A budget that was in reach before methods were measured is not checked again."""
+    sweep, vit = load_sweep(sweep_file, [steps]), tiny()
+    space = build_space(sweep, vit.shape())
+    measured = space.measured(rungs_of(sweep, vit, batches))
+    parameters = space.neutral(space.low, 0)
+    assert measured.plans(parameters).least_cost() <= space.plans(parameters).least_cost()
 
 
 def test_masks_cannot_meet_a_budget_of_dense_kernels(sweep_file, tiny) -> None:
     sweep = load_sweep(sweep_file, ['cost="gmacs"', 'steps=[{method="magnitude"}]'])
     with pytest.raises(SweepError, match=r"these steps reach 1\.000"):
-        Space(sweep, tiny().shape())
+        build_space(sweep, tiny().shape())
 
 
 def test_whole_branches_may_go_where_allowed(sweep_file, tiny) -> None:
     sweep = load_sweep(
         sweep_file, ['steps=[{method="grouped", max_share=1.0}]', "budget=[0.3, 0.5]"]
     )
-    space = Space(sweep, tiny().shape())
+    space = build_space(sweep, tiny().shape())
     shapes = [p.plan.shape(tiny().shape()) for p in proposals(space, 60)]
     assert any(block.heads == 0 or block.hidden == 0 for shape in shapes for block in shape.blocks)
 
@@ -259,7 +271,7 @@ def test_a_ramp_longer_than_the_fine_tuning_is_refused(sweep_file, tiny) -> None
     with pytest.raises(
         SweepError, match=r"ramp_epochs of step cap is 2; give at most .* epochs, 1"
     ):
-        Space(load_sweep(sweep_file, [steps]), tiny().shape())
+        build_space(load_sweep(sweep_file, [steps]), tiny().shape())
 
 
 LEARNED = 'steps=[{method="x_pruner"}, {method="vit_slim"}, {method="evit"}, {method="magnitude"}]'
@@ -273,7 +285,7 @@ def learned_scores(label: str, shape) -> dict[str, torch.Tensor]:
 
 def learned_rung(method, shape, path: str) -> Rung:
     scores = learned_scores(method.name, shape)
-    return Rung(pruner=method, own=own_shares(method, shape, scores, 0.9), path=path)
+    return Rung(pruner=method, own=own_allocation(method, shape, scores, 0.9), path=path)
 
 
 @pytest.fixture
@@ -286,7 +298,7 @@ def learned_space(sweep_file, tiny) -> Space:
         ],
         "vit_slim": [learned_rung(load_method("vit_slim"), shape, "slim")],
     }
-    return Space(load_sweep(sweep_file, [LEARNED, "alone=2"]), shape, learned)
+    return build_space(load_sweep(sweep_file, [LEARNED, "alone=2"]), shape).measured(learned)
 
 
 def test_first_plans_are_what_each_learning_method_proposes_itself(learned_space: Space) -> None:
@@ -343,11 +355,11 @@ def test_a_block_goes_only_where_the_method_itself_removes_it(sweep_file, tiny) 
     scores = learned_scores("wdpruning", shape) | {
         f"blocks.{i}.block": torch.tensor([m]) for i, m in enumerate((0.5, 0.3, -0.2))
     }
-    own = own_shares(method, shape, scores, 0.9)
+    own = own_allocation(method, shape, scores, 0.9)
     rung = Rung(pruner=method, own=own, path="w")
     steps = 'steps=[{method="wdpruning"}, {method="magnitude"}]'
     sweep = load_sweep(sweep_file, [steps, "alone=2"])
-    space = Space(sweep, shape, {"wdpruning": [rung]})
+    space = build_space(sweep, shape).measured({"wdpruning": [rung]})
     alone = space.propose(space.alone()[0])  # half of the cost: the last of three blocks can go
     assert [b.heads > 0 for b in alone.plan.shape(shape).blocks] == [True, True, False]
     wide = space.propose({**space.alone()[0], "budget": 0.88})
@@ -370,4 +382,4 @@ def test_a_block_goes_only_where_the_method_itself_removes_it(sweep_file, tiny) 
 )
 def test_steps_that_learn_are_checked(steps: str, message: str, sweep_file, tiny) -> None:
     with pytest.raises(SweepError, match=message):
-        Space(load_sweep(sweep_file, [f"steps=[{steps}]"]), tiny().shape())
+        build_space(load_sweep(sweep_file, [f"steps=[{steps}]"]), tiny().shape())

@@ -8,18 +8,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pruners import load_method
-from search.space.allocation import OwnShares
-from search.space.step import (
+from search.space.allocation import Allocation
+from search.space.build import STEPS, space_step
+from search.space.deviating import (
     ABSENT,
     SITE_DEVIATION,
     SPREAD,
-    Rung,
-    SpaceStep,
+    ResidualStep,
     deviated,
-    refined,
-    space_step,
 )
-from search.sweep.spec import StepSpec, SweepError
+from search.space.sampled import LayerStep
+from search.space.step import Rung, SpaceStep
+from search.sweep.parts import StepSpec
+from search.sweep.spec import SweepError
 
 NEURON = "blocks.1.mlp.neuron"
 
@@ -31,9 +32,9 @@ def step(method: str = "grouped", kind: str = "residual", max_share: float = 0.9
     if own:
         sites = {name.replace("_", ".", 3): share for name, share in own.items()}
         grid = {site: np.array([max_share, share, 0.0]) for site, share in sites.items()}
-        curve = OwnShares(budgets=np.array([0.0, 0.5, 1.0]), shares=grid)
+        curve = Allocation(budgets=np.array([0.0, 0.5, 1.0]), shares=grid)
         rungs = (Rung(pruner=pruner, own=curve),)
-    return SpaceStep(label="x", pruner=pruner, kind=kind, max_share=max_share, rungs=rungs)
+    return STEPS[kind](label="x", pruner=pruner, max_share=max_share, rungs=rungs)
 
 
 def shares(space_step: SpaceStep, dense, parameters: dict, budget: float = 0.5, scale: float = 1.0):
@@ -110,9 +111,9 @@ def test_slope_and_branch_are_deviations_of_sites(slope: float, mlp: float, dens
     residual = step(**own)
     parameters = {"x.split": 0.7, "x.slope": slope, "x.mlp": mlp}
     sites = residual.by_site(dense, parameters)
-    assert set(sites) == set(refined(residual).ranges(dense))
+    assert set(sites) == set(residual.refined().ranges(dense))
     assert all(abs(v) <= SITE_DEVIATION for k, v in sites.items() if k != "x.split")
-    assert shares(refined(residual), dense, sites) == shares(residual, dense, parameters)
+    assert shares(residual.refined(), dense, sites) == shares(residual, dense, parameters)
 
 
 def test_only_what_a_method_removes_whole_goes_whole(dense) -> None:
@@ -137,7 +138,7 @@ def test_only_what_a_method_removes_whole_goes_whole(dense) -> None:
 
 def test_deviations_never_take_a_site_whole(dense) -> None:
     own = {f"blocks_{i}_{k}": 0.89 for i in range(3) for k in ("attn_head", "mlp_neuron")}
-    residual = refined(step(**own))
+    residual = step(**own).refined()
     parameters = {"x.split": 1.0} | {f"x.{s}": 2.0 for s in residual.pruner.sites(dense)}
     assert set(shares(residual, dense, parameters).values()) == {0.9}
 
@@ -155,18 +156,14 @@ def test_parameters_are_those_that_do_something(dense) -> None:
     assert set(step("tome").ranges(dense)) == {"x.split", "x.slope"}
     assert set(step("grouped").ranges(dense)) == {"x.split", "x.slope", "x.mlp"}
     assert set(step("magnitude").ranges(dense)) == {"x.split", "x.slope", "x.mlp"}
-    heads = SpaceStep(
-        label="x", pruner=load_method("grouped", units=["head"]), kind="residual", max_share=0.9
-    )
+    heads = ResidualStep(label="x", pruner=load_method("grouped", units=["head"]), max_share=0.9)
     assert set(heads.ranges(dense)) == {"x.split", "x.slope"}
 
 
 def test_the_rung_of_the_nearest_budget_is_taken() -> None:
-    curve = OwnShares(budgets=np.array([0.0, 1.0]), shares={})
+    curve = Allocation(budgets=np.array([0.0, 1.0]), shares={})
     rungs = tuple(Rung(pruner=load_method("uvc", budget=b), own=curve) for b in (0.4, 0.7))
-    learner = SpaceStep(
-        label="x", pruner=load_method("uvc"), kind="residual", max_share=0.9, rungs=rungs
-    )
+    learner = ResidualStep(label="x", pruner=load_method("uvc"), max_share=0.9, rungs=rungs)
     assert [learner.rung(b).pruner.budget for b in (0.3, 0.54, 0.56, 0.9)] == [0.4, 0.4, 0.7, 0.7]
     assert step().rung(0.5) is None
 
@@ -176,9 +173,9 @@ def test_a_step_learns_once_for_each_of_its_budgets() -> None:
     learners = space_step("uvc", spec, epochs=1).learners()
     assert learners == [load_method("uvc", epochs=2, budget=budget) for budget in (0.4, 0.7)]
     alone = space_step("uvc", StepSpec(method="uvc"), epochs=1)
-    assert (alone.learners(), alone.kind) == ([load_method("uvc")], "residual")
+    assert (alone.learners(), type(alone)) == ([load_method("uvc")], ResidualStep)
     plain = space_step("grouped", StepSpec(method="grouped", space="layer"), epochs=1)
-    assert (plain.learners(), plain.kind) == ([], "layer")
+    assert (plain.learners(), type(plain)) == ([], LayerStep)
 
 
 def test_options_of_a_step_are_checked() -> None:

@@ -14,23 +14,28 @@ from hypothesis import strategies as st
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import TrialScheduler
 
+from search.records.events import TrialEnd
 from search.records.pareto import front, hypervolume
 from search.strategy.moasha import MoAsha, Rung
 from search.strategy.rungs import Floats, bracket_of
+from tests.search.trial_events import config_of, result_of
 
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
 
 
 def trial(name: str, origin: str = "search", status: str = Trial.RUNNING) -> Any:
-    return SimpleNamespace(config={"trial": name, "origin": origin}, status=status)
+    return SimpleNamespace(config=config_of(name, origin=origin).to_json(), status=status)
 
 
-def result(epoch: int, top1: float, cost: float = 0.5, **more: Any) -> dict[str, Any]:
-    return {"epoch": epoch, "val_top1": top1, "cost_ratio": cost, "status": "running", **more}
+def result(
+    epoch: int, top1: float, cost: float = 0.5, trial: str = "0007", **more: Any
+) -> dict[str, Any]:
+    found = result_of(trial, epoch=epoch, val_top1=top1, cost_ratio=cost, **more)
+    return found.to_report()
 
 
 def report(scheduler: MoAsha, name: str, epoch: int, top1: float, cost: float = 0.5) -> str:
-    return scheduler.on_trial_result(None, trial(name), result(epoch, top1, cost))
+    return scheduler.on_trial_result(None, trial(name), result(epoch, top1, cost, name))
 
 
 def at_rung(scheduler: MoAsha, epoch: int, bracket: int = 0) -> dict[str, tuple[float, bool]]:
@@ -120,7 +125,8 @@ def test_others_compete(origin: str) -> None:
     scheduler = MoAsha(epochs=8, first=1, eta=2.0, brackets=1)
     trials = [trial(f"{i:04d}", origin) for i in range(3)]
     decided = [
-        scheduler.on_trial_result(None, one, result(1, 70.0 - i)) for i, one in enumerate(trials)
+        scheduler.on_trial_result(None, one, result(1, 70.0 - i, 0.5, one.config["trial"]))
+        for i, one in enumerate(trials)
     ]
     assert decided == [CONTINUE, CONTINUE, STOP]
 
@@ -153,11 +159,11 @@ def test_a_cost_of_nothing_is_refused() -> None:
 
 
 def fail_by_report(scheduler: MoAsha, name: str) -> None:
-    scheduler.on_trial_result(None, trial(name), result(2, math.nan, status="failed"))
+    scheduler.on_trial_result(None, trial(name), result(2, math.nan, trial=name, status="failed"))
 
 
 def fail_at_the_end(scheduler: MoAsha, name: str) -> None:
-    scheduler.on_trial_complete(None, trial(name), result(2, math.nan, status="failed"))
+    scheduler.on_trial_complete(None, trial(name), result(2, math.nan, trial=name, status="failed"))
 
 
 def die(scheduler: MoAsha, name: str) -> None:
@@ -252,12 +258,22 @@ def test_the_rungs_in_a_line() -> None:
     )
 
 
+def told(epoch: int, top1: float, cost: float, trial: str) -> dict[str, Any]:
+    """A result as the ledger holds it."""
+    return {key: of for key, of in result(epoch, top1, cost, trial).items() if key != "done"}
+
+
+def ended_as(name: str, status: str) -> dict[str, Any]:
+    end = TrialEnd(trial=name, status=status, reason="", count=1, hypervolume=None, front_size=0)
+    return {"event": "ended", "time": 1, **end.to_json()}
+
+
 def events_of(reports: list[tuple[str, int, float, float]]) -> list[dict[str, Any]]:
     """What a ledger holds of reports."""
     names = dict.fromkeys(name for name, *_ in reports)
     asked = [{"event": "asked", "config": trial(name).config} for name in names]
     epochs = [
-        {"event": "epoch", "result": {"trial": name, **result(epoch, top1, cost)}}
+        {"event": "epoch", "result": told(epoch, top1, cost, name)}
         for name, epoch, top1, cost in reports
     ]
     return [{"event": "began"}, *asked, *epochs]
@@ -279,12 +295,12 @@ def test_a_scheduler_that_goes_on_decides_as_the_one_before() -> None:
     expected = [report(whole, *r) for r in reports[:30]]
     die(whole, "0003")
     expected += [report(whole, *r) for r in reports[30:]]
-    ended = [{"event": "ended", "trial": "0003", "status": "failed"}]
+    ended = [ended_as("0003", "failed")]
     for cut in (0, 1, 17, 30, 55):
         after = MoAsha(**settings)
-        after.repeat(events_of(reports[: min(cut, 30)]))
+        after.replay(events_of(reports[: min(cut, 30)]))
         if cut >= 30:
-            after.repeat([*ended, *events_of(reports[30:cut])])
+            after.replay([*ended, *events_of(reports[30:cut])])
         decided = [report(after, *r) for r in reports[cut:30]]
         die(after, "0003")
         decided += [report(after, *r) for r in reports[max(cut, 30) :]]
@@ -299,13 +315,13 @@ def test_a_scheduler_that_goes_on_decides_as_the_one_before() -> None:
 def test_what_is_exempt_or_has_failed_is_repeated_as_such() -> None:
     scheduler = MoAsha(epochs=8, first=1, eta=2.0, brackets=1)
     ladder = {"event": "asked", "config": trial("0009", "ladder").config}
-    last = {"event": "epoch", "result": {"trial": "0009", **result(1, 10.0)}}
+    last = {"event": "epoch", "result": told(1, 10.0, 0.5, "0009")}
     reports = [(f"{i:04d}", 1, 75.0 - i, 0.5) for i in range(4)]
     failures = [
-        {"event": "ended", "trial": name, "status": status}
+        ended_as(name, status)
         for name, status in (("0000", "failed"), ("0001", "failed"), ("0002", "stopped"))
     ]
-    scheduler.repeat([ladder, last, *events_of(reports), *failures])
+    scheduler.replay([ladder, last, *events_of(reports), *failures])
     assert set(at_rung(scheduler, 1)) == {name for name, *_ in reports}
     assert scheduler.failed == {"0000", "0001"}
     assert report(scheduler, "0011", 1, 73.5) == CONTINUE  # the first of three

@@ -13,8 +13,9 @@ from optuna.trial import TrialState
 
 from pruners import ViTShape, cost_of, load_method
 from search.records import pareto
-from search.space.allocation import own_shares
-from search.space.space import Proposal, Space
+from search.space.allocation import own_allocation
+from search.space.build import build_space
+from search.space.space import Proposal
 from search.space.step import Rung
 from search.strategy.proposer import Proposer, Told
 from search.sweep.spec import Sweep, SweepFailedError
@@ -49,7 +50,7 @@ def shape(tiny) -> ViTShape:
 def proposer(shape: ViTShape) -> Callable[..., Proposer]:
     def build(*, earlier: list[dict] | None = None, **changes: Any) -> Proposer:
         sweep = sweep_with(**changes)
-        return Proposer(sweep=sweep, space=Space(sweep, shape), earlier=earlier or ())
+        return Proposer(sweep=sweep, space=build_space(sweep, shape), earlier=earlier or ())
 
     return build
 
@@ -133,9 +134,9 @@ def test_choices_of_an_earlier_sweep_are_kept_where_they_exist(proposer) -> None
 @pytest.mark.parametrize(("before", "now"), [(5, 3), (3, 5)])
 def test_an_earlier_model_may_have_another_depth(before: int, now: int, tiny) -> None:
     sweep = sweep_with(steps=[{"method": "grouped", "space": "layer"}], trials=4, ladder=1)
-    old = Space(sweep, tiny(depth=before).shape())
+    old = build_space(sweep, tiny(depth=before).shape())
     known = {**old.ladder()[0], "grouped.blocks.1.mlp.neuron": 0.625}
-    p = Proposer(sweep=sweep, space=Space(sweep, tiny(depth=now).shape()), earlier=[known])
+    p = Proposer(sweep=sweep, space=build_space(sweep, tiny(depth=now).shape()), earlier=[known])
     origin, proposal = asked(p, 2)[1]
     assert origin == "earlier"
     assert set(proposal.parameters) == set(p.space.ranges()) | set(p.space.choices())
@@ -406,7 +407,7 @@ def test_where_nothing_is_told_optuna_goes_on(proposer) -> None:
 def test_a_learner_stays_what_it_is_when_a_plan_is_refined(shape: ViTShape) -> None:
     steps = [{"method": "x_pruner"}, {"method": "vit_slim"}, {"method": "magnitude"}]
     sweep = sweep_with(steps=steps, trials=20, refine=0.5)
-    p = Proposer(sweep=sweep, space=Space(sweep, shape))
+    p = Proposer(sweep=sweep, space=build_space(sweep, shape))
     searched(p, 9)
     for i in range(10, 16):
         origin, proposal = p.ask(f"{i:04d}", i)
@@ -443,9 +444,11 @@ def test_proposals_name_the_scores_that_are_known(tiny, batches) -> None:
     rungs = {}
     for label in sweep.labels:
         method = load_method(label)
-        own = own_shares(method, vit.shape(), method.score(vit, batches), 0.9)
+        own = own_allocation(method, vit.shape(), method.score(vit, batches), 0.9)
         rungs[label] = [Rung(pruner=method, own=own, path=label)]
-    found = searched(Proposer(sweep=sweep, space=Space(sweep, vit.shape(), rungs)), 7)
+    found = searched(
+        Proposer(sweep=sweep, space=build_space(sweep, vit.shape()).measured(rungs)), 7
+    )
     assert {proposal.scores for _, proposal in found[3:]} == {"", "grouped"}
 
 

@@ -13,12 +13,15 @@ import pytest
 from optuna.trial import TrialState
 
 from pruners import Plan
+from search.records.events import EpochResult, TrialConfig
 from search.records.journal import Journal
-from search.records.ledger import METRICS, Ledger
-from search.space.space import Space
+from search.records.ledger import Ledger
+from search.space.build import build_space
 from search.strategy.confirm import standard_error, to_confirm, to_train_long
+from search.strategy.export_study import export_study
 from search.strategy.searcher import PlanSearcher
 from search.sweep.spec import Sweep, SweepError, SweepFailedError
+from tests.search.trial_events import result_of
 
 PHASES = {"confirm": 2, "final_epochs": 5}
 
@@ -57,7 +60,7 @@ def searcher(tiny, tmp_path: Path) -> Callable[..., PlanSearcher]:
             }
         )
         sweep.directory.mkdir(parents=True, exist_ok=True)
-        space = Space(sweep, tiny().shape())
+        space = build_space(sweep, tiny().shape())
         clock = clock or Clock()
         ledger = Ledger(sweep, clock)
         ledger.begin()
@@ -66,33 +69,24 @@ def searcher(tiny, tmp_path: Path) -> Callable[..., PlanSearcher]:
     return build
 
 
-def result(config: dict, top1: float = 50.0, status: str = "finished", **more: Any) -> dict:
+def result(config: TrialConfig, top1: float = 50.0, status: str = "finished", **more: Any) -> dict:
     """A trial's last result."""
     measured = {"params": 1e6, "images_per_s": 100.0, "latency_ms": 4.0}
-    return {
-        "status": status,
-        "val_top1": top1,
-        "cost_ratio": config["cost_ratio"],
-        **measured,
-        **more,
-    }
+    figures = {"cost_ratio": config.cost_ratio, **measured, **more}
+    return result_of(config.trial, status=status, val_top1=top1, **figures).to_report()
 
 
 def end(searcher: PlanSearcher, trial_id: str, *args: Any, **more: Any) -> None:
     config = searcher.configs[trial_id]
     last = result(config, *args, **more)
     searcher.on_trial_complete(trial_id, last)
-    note_end(searcher.ledger, config["trial"], last)
+    note_end(searcher.phases.ledger, config.trial, EpochResult.from_report(last))
 
 
-def note_end(ledger: Ledger, trial: str, last: dict | None) -> None:
+def note_end(ledger: Ledger, trial: str, last: EpochResult) -> None:
     """Write down what the recorder would."""
-    status = "failed"
-    if last is not None:
-        known = dict.fromkeys(METRICS, 1.0) | {"reason": "", "shape": "{}"}
-        known |= {"epoch": 0, "by_class": []}
-        ledger.report(known | last | {"trial": trial})
-        status = "stopped" if last["status"] == "running" else last["status"]
+    ledger.report(last)
+    status = last.status if last.done else "stopped"
     if ledger.records[trial].origin == "dense" and status == "finished":
         status = "dense"
     ledger.end(trial, status, "")
@@ -100,14 +94,14 @@ def note_end(ledger: Ledger, trial: str, last: dict | None) -> None:
 
 def continued(searcher: PlanSearcher, **more: Any) -> PlanSearcher:
     """Return the searcher of a driver that starts after this one was killed."""
-    space = searcher.proposer.space
-    return PlanSearcher(searcher.sweep, space, Ledger(searcher.sweep), clock=Clock(), **more)
+    sweep, space = searcher.phases.sweep, searcher.phases.proposer.space
+    return PlanSearcher(sweep, space, Ledger(sweep), clock=Clock(), **more)
 
 
-def lucky(config: dict) -> float:
+def lucky(config: TrialConfig) -> float:
     """Top-1 that rises with the cost, but for what the trial's seed and number add."""
-    place = int(config["trial"]) * 7 + config["seed"] * 3
-    return 40.0 + 30.0 * config["cost_ratio"] + place % 5
+    place = int(config.trial) * 7 + config.seed * 3
+    return 40.0 + 30.0 * config.cost_ratio + place % 5
 
 
 def played(searcher: PlanSearcher, at_once: int = 1) -> list[dict]:
@@ -151,7 +145,7 @@ def test_the_dense_model_comes_first_then_what_is_proposed(searcher) -> None:
     assert (dense["epochs"], dense["plan"], dense["cost_ratio"]) == (0, '{"steps": []}', 1.0)
     assert {c["epochs"] for c in rest} == {3}
     assert all(0.5 <= c["cost_ratio"] <= 0.9 for c in rest)
-    assert all({*one.proposer.space.ranges()} <= {*c["parameters"]} for c in rest)
+    assert all({*one.phases.proposer.space.ranges()} <= {*c["parameters"]} for c in rest)
     assert {(c["of"], c["seed"]) for c in configs} == {("", 0)}
     assert one.suggest("t9") is None  # any may have to go on
 
@@ -160,7 +154,7 @@ def test_a_config_says_the_plan_that_was_proposed(searcher) -> None:
     one = searcher()
     one.suggest("t0")
     config = one.suggest("t1")
-    proposal = one.proposer.space.propose(config["parameters"])
+    proposal = one.phases.proposer.space.propose(config["parameters"])
     assert Plan.from_json(json.loads(config["plan"])) == proposal.plan
     assert (config["cost_ratio"], config["learned"]) == (proposal.cost_ratio, proposal.scores)
 
@@ -182,13 +176,13 @@ def test_every_status_is_told(told: dict, state: TrialState, searcher) -> None:
         one.suggest(f"t{i}")
     end(one, "t0")
     end(one, "t2", **told)
-    trials = one.study.get_trials()
+    trials = one.phases.proposer.study.get_trials()
     assert [t.state for t in trials[:3]] == [TrialState.RUNNING, state, TrialState.RUNNING]
-    cost = one.configs["t1"]["cost_ratio"]
+    cost = one.configs["t1"].cost_ratio
     end(one, "t1")
     end(one, "t3", status="failed")
-    assert one.study.get_trials()[0].values == [50.0, cost]
-    assert TrialState.RUNNING not in {t.state for t in one.study.get_trials()}
+    assert one.phases.proposer.study.get_trials()[0].values == [50.0, cost]
+    assert TrialState.RUNNING not in {t.state for t in one.phases.proposer.study.get_trials()}
 
 
 def test_an_error_no_result_or_no_status_is_a_failure(searcher) -> None:
@@ -203,7 +197,7 @@ def test_an_error_no_result_or_no_status_is_a_failure(searcher) -> None:
     one.on_trial_complete("t2", whole)  # told twice
     one.on_trial_complete("t3", {k: v for k, v in whole.items() if k != "status"})
     one.on_trial_complete("unknown", whole)
-    states = [t.state for t in one.study.get_trials()[:4]]
+    states = [t.state for t in one.phases.proposer.study.get_trials()[:4]]
     assert states == [TrialState.FAIL] * 3 + [TrialState.RUNNING]
 
 
@@ -214,14 +208,14 @@ def test_what_ends_before_the_dense_model_is_told_after_it(searcher) -> None:
     end(one, "t2", 62.0, latency_ms=2.0)
     end(one, "t1", 50.0, latency_ms=1.0)
     end(one, "t3", 51.0, status="stopped", latency_ms=4.0)
-    assert one.proposer.told == []
-    states = [t.state for t in one.study.get_trials()[:3]]
+    assert one.phases.proposer.told == []
+    states = [t.state for t in one.phases.proposer.study.get_trials()[:3]]
     assert states == [TrialState.RUNNING] * 3
     end(one, "t0", 66.0, latency_ms=8.0)
     end(one, "t4", 63.0, latency_ms=6.0)
-    told = [(t.name, t.top1, t.cost) for t in one.proposer.told]
+    told = [(t.name, t.top1, t.cost) for t in one.phases.proposer.told]
     assert told == [("0002", 62.0, 0.25), ("0004", 63.0, 0.75)]
-    first, second, third = one.study.get_trials()[:3]
+    first, second, third = one.phases.proposer.study.get_trials()[:3]
     assert (first.values, first.constraints) == ([50.0, 0.125], {"max_drop": 11.0})
     assert (second.values, second.constraints) == ([62.0, 0.25], {"max_drop": -1.0})
     assert (third.values, third.constraints) == ([51.0, 0.5], {"max_drop": 0.0})
@@ -233,12 +227,12 @@ def test_of_a_stopped_trial_optuna_is_told_what_it_had_reached(status: str, sear
     one = searcher(constraints=bounds, final_epochs=9, trials=4)
     for i in range(4):
         one.suggest(f"t{i}")
-    cost = one.configs["t1"]["cost_ratio"]
+    cost = one.configs["t1"].cost_ratio
     end(one, "t0", 80.0)
     end(one, "t1", 30.0, status=status, params=900_001.0, images_per_s=95.0)
     end(one, "t2", 75.0, status=status, params=899_000.0, images_per_s=89.0)
     end(one, "t3", 60.0, params=9e5)
-    stopped, second, whole = one.study.get_trials()[:3]
+    stopped, second, whole = one.phases.proposer.study.get_trials()[:3]
     assert stopped.values == [30.0, cost]
     # Accuracy that it had lost it might have won back; what it holds and how fast it is, stays.
     expected = {"max_drop": 0.0, "max_params": 1.0, "min_images_per_s": -5.0}
@@ -246,7 +240,7 @@ def test_of_a_stopped_trial_optuna_is_told_what_it_had_reached(status: str, sear
     assert second.constraints == {"max_drop": -5.0, "max_params": -1000.0, "min_images_per_s": 1.0}
     assert whole.constraints["max_drop"] == 10.0
     assert [t.user_attrs.get("stopped") for t in (stopped, second, whole)] == [True, True, None]
-    assert one.proposer.told == []  # two were stopped, one lost too much
+    assert one.phases.proposer.told == []  # two were stopped, one lost too much
     assert one.suggest("t4") == "FINISHED"
 
 
@@ -264,10 +258,10 @@ def test_without_the_dense_models_result_the_sweep_ends(fails: str, searcher) ->
     assert one.suggest("t4") is None
     end(one, "t3", status="stopped")
     assert one.suggest("t4") == "FINISHED"
-    assert one.stopped == "the dense model could not be measured"
-    states = [t.state for t in one.study.get_trials()[:3]]
+    assert one.phases.stopped == "the dense model could not be measured"
+    states = [t.state for t in one.phases.proposer.study.get_trials()[:3]]
     assert states == [TrialState.FAIL] * 3
-    assert one.proposer.told == []
+    assert one.phases.proposer.told == []
 
 
 def test_latencies_are_shares_of_the_dense_models(searcher) -> None:
@@ -275,10 +269,10 @@ def test_latencies_are_shares_of_the_dense_models(searcher) -> None:
         one = searcher(cost=cost)
         for i in range(2):
             one.suggest(f"t{i}")
-        ratio = one.configs["t1"]["cost_ratio"]
+        ratio = one.configs["t1"].cost_ratio
         end(one, "t0", latency_ms=8.0)
         end(one, "t1", latency_ms=3.0)
-        assert one.proposer.told[0].cost == (expected or ratio)
+        assert one.phases.proposer.told[0].cost == (expected or ratio)
 
 
 @pytest.mark.parametrize(
@@ -298,8 +292,8 @@ def test_what_violates_a_constraint_is_not_trained_again(
     end(one, "t0", 80.0)
     end(one, "t1", **{"top1": 79.0, "params": 9e5, **figures})
     end(one, "t2", **{"top1": 78.5, "params": 9e5})
-    assert [t.name for t in one.proposer.front] == ["0002"]
-    assert [len(t.constraints) for t in one.study.get_trials()[:2]] == [1, 1]
+    assert [t.name for t in one.phases.proposer.front] == ["0002"]
+    assert [len(t.constraints) for t in one.phases.proposer.study.get_trials()[:2]] == [1, 1]
     assert one.suggest("t3")["of"] == "0002"
     assert one.suggest("t4") is None
 
@@ -310,7 +304,7 @@ def test_what_violates_a_constraint_is_not_trained_again(
 def test_phases_follow_each_other(searcher) -> None:
     one = searcher(**PHASES)
     configs = played(one)
-    searched, told = configs[:6], {t.name: t for t in one.proposer.told}
+    searched, told = configs[:6], {t.name: t for t in one.phases.proposer.told}
     assert set(told) == {c["trial"] for c in searched[1:]}
     margin = standard_error(max(t.top1 for t in told.values()), 1_000)
     confirmed = [t.name for t in to_confirm(list(told.values()), margin)]
@@ -319,7 +313,9 @@ def test_phases_follow_each_other(searcher) -> None:
     assert [(c["origin"], c["of"], c["seed"], c["epochs"]) for c in confirms] == [
         ("confirm", name, seed, 3) for name in confirmed for seed in (1, 2)
     ]
-    repeats = {name: [lucky(c) for c in confirms if c["of"] == name] for name in confirmed}
+    repeats: dict[str, list[float]] = {name: [] for name in confirmed}
+    for config in map(TrialConfig.from_json, confirms):
+        repeats[config.of].append(lucky(config))
     best = [t.name for t in to_train_long(list(told.values()), repeats)]
     finals = configs[6 + len(confirms) :]
     assert [(c["origin"], c["of"], c["seed"], c["epochs"]) for c in finals] == [
@@ -330,8 +326,9 @@ def test_phases_follow_each_other(searcher) -> None:
         for key in ("plan", "learned", "parameters", "cost_ratio"):
             assert again[key] == by_name[again["of"]][key]
     assert [c["trial"] for c in configs] == [f"{i:04d}" for i in range(len(configs))]
-    assert {t.name for t in one.proposer.told} == set(told)  # nothing of it reaches the sampler
-    assert len([t for t in one.study.get_trials() if t.state == TrialState.COMPLETE]) <= 5
+    proposer = one.phases.proposer
+    assert {t.name for t in proposer.told} == set(told)  # nothing of it reaches the sampler
+    assert len([t for t in proposer.study.get_trials() if t.state == TrialState.COMPLETE]) <= 5
 
 
 @pytest.mark.parametrize(
@@ -358,7 +355,7 @@ def test_a_phase_waits_for_what_still_runs(searcher) -> None:
     end(one, "t2", 70.0)
     assert one.suggest("t3") is None
     assert one.suggest("t3") is None
-    assert not one.finished
+    assert not one.phases.finished
     end(one, "t1", 60.0)
     waits = [one.suggest(f"t{i}") for i in range(3, 6)]
     confirms = [c for c in waits if c is not None]
@@ -371,7 +368,7 @@ def test_a_phase_waits_for_what_still_runs(searcher) -> None:
     assert one.suggest("t10") is None
     end(one, "t9", 66.0)
     assert one.suggest("t10") == "FINISHED"
-    assert one.finished
+    assert one.phases.finished
 
 
 def test_a_trial_whose_process_failed_is_handed_out_again_first(searcher) -> None:
@@ -384,15 +381,15 @@ def test_a_trial_whose_process_failed_is_handed_out_again_first(searcher) -> Non
     for name in ("t0", "t2", "t4"):
         end(one, name, 70.0)
     assert one.suggest("t5") is None  # all have been asked for, and this one may fail again
-    assert not one.finished
+    assert not one.phases.finished
     one.on_trial_complete("t3", None, error=True)
     one.hand_out_again("t3", 2)
     assert one.suggest("t5") == {**configs[1], "parts": 2}
     end(one, "t5", 60.0)
     assert one.suggest("t6") == "FINISHED"
-    assert one.finished
-    assert sum(event["event"] == "asked" for event in one.ledger.journal.read()) == 4
-    assert [t.name for t in one.proposer.told] == ["0002", "0003", "0001"]
+    assert one.phases.finished
+    assert sum(event["event"] == "asked" for event in one.phases.ledger.journal.read()) == 4
+    assert [t.name for t in one.phases.proposer.told] == ["0002", "0003", "0001"]
 
 
 @pytest.mark.parametrize("fails", ["error", "failed", "stopped", "nan"])
@@ -400,8 +397,8 @@ def test_a_failed_confirmation_does_not_matter(fails: str, searcher) -> None:
     one = searcher(trials=3, seed=2, confirm=2, final_epochs=4)
     for i in range(3):
         one.suggest(f"t{i}")
-    cheap, dear = sorted(("t1", "t2"), key=lambda t: one.configs[t]["cost_ratio"])
-    cheap_name = one.configs[cheap]["trial"]
+    cheap, dear = sorted(("t1", "t2"), key=lambda t: one.configs[t].cost_ratio)
+    cheap_name = one.configs[cheap].trial
     end(one, "t0", 80.0)
     end(one, cheap, 70.0)
     end(one, dear, 75.0)
@@ -427,7 +424,7 @@ def test_where_no_confirmation_ends_well_the_search_decides(searcher) -> None:
     end(one, "t0", 80.0)
     end(one, "t1", 70.0)
     end(one, "t2", 71.0)
-    front = [t.name for t in one.proposer.front]
+    front = [t.name for t in one.phases.proposer.front]
     again: list[dict] = []
     while isinstance(config := one.suggest(f"t{3 + len(again)}"), dict):
         one.give_up(f"t{3 + len(again)}")
@@ -453,7 +450,7 @@ def test_how_exact_top1_is_decides_what_is_a_near_miss(
     one = searcher(trials=3, confirm=1, val_images=val_images)
     for i in range(3):
         one.suggest(f"t{i}")
-    cheap, dear = sorted(("t1", "t2"), key=lambda t: one.configs[t]["cost_ratio"])
+    cheap, dear = sorted(("t1", "t2"), key=lambda t: one.configs[t].cost_ratio)
     end(one, "t0", 80.0)
     end(one, cheap, 70.0)
     end(one, dear, 69.0)  # 4.6 points are the standard error with 100 images, 0.05 with a million
@@ -474,9 +471,9 @@ def test_hours_are_counted_over_interruptions(searcher) -> None:
     end(one, "t0")  # the last that is known of this driver
     clock.seconds += 77_000.0
     for seconds in (1500.0, 539.0):
-        ledger = Ledger(one.sweep, clock)
+        ledger = Ledger(one.phases.sweep, clock)
         ledger.begin()
-        again = PlanSearcher(one.sweep, one.proposer.space, ledger, clock=clock)
+        again = PlanSearcher(one.phases.sweep, one.phases.proposer.space, ledger, clock=clock)
         interrupted = [again.suggest(f"r{i}") for i in range(len(again.interrupted))]
         clock.seconds += seconds
         asked = again.suggest("t3")
@@ -484,8 +481,8 @@ def test_hours_are_counted_over_interruptions(searcher) -> None:
         assert asked not in interrupted
     clock.seconds += 2.0
     assert again.suggest("t4") is None
-    assert "max_hours = 1 have passed" in again.stopped
-    assert again.stopped == "max_hours = 1 have passed"
+    assert "max_hours = 1 have passed" in again.phases.stopped
+    assert again.phases.stopped == "max_hours = 1 have passed"
 
 
 def test_stagnation_ends_the_search_and_begins_the_next_phase(searcher) -> None:
@@ -497,7 +494,7 @@ def test_stagnation_ends_the_search_and_begins_the_next_phase(searcher) -> None:
             break
         configs.append(config)
         end(one, f"t{len(configs) - 1}", 60.0 if len(configs) == 2 else 10.0)
-    assert "hypervolume" in one.stopped
+    assert "hypervolume" in one.phases.stopped
     searched = [c for c in configs if not c["of"]]
     assert 1 + 1 + 3 <= len(searched) < 15
     assert configs[-1]["origin"] == "final"
@@ -507,7 +504,7 @@ def test_where_no_plan_is_left_the_next_phase_begins(searcher) -> None:
     heads = [{"method": "grouped", "units": ["head"]}]
     one = searcher(trials=90, steps=heads, budget=[0.85, 0.9], final_epochs=9)
     configs = played(one)
-    assert "200 proposals in a row" in one.stopped
+    assert "200 proposals in a row" in one.phases.stopped
     assert 3 <= len([c for c in configs if not c["of"]]) < 30
     assert configs[-1]["origin"] == "final"
 
@@ -532,33 +529,33 @@ def test_interrupted_anywhere_it_goes_on_the_same_way(
     seen: list[tuple[list[dict], list[dict], bytes]] = []
 
     def look() -> None:
-        still = [one.configs[trial] for trial in running]
-        seen.append((list(handed), still, one.ledger.journal.path.read_bytes()))
+        still = [one.configs[trial].to_json() for trial in running]
+        seen.append((list(handed), still, one.phases.ledger.journal.path.read_bytes()))
 
     play(one, at_once, handed, running, look)
     origins = {"dense", "ladder", "alone", "search", "refined", "confirm", "final"}
     assert {c["origin"] for c in handed} == origins
-    assert one.finished
+    assert one.phases.finished
     for number, (so_far, still, content) in enumerate(seen):
-        sweep = one.sweep.model_copy(update={"storage": str(tmp_path / f"again-{number}")})
+        sweep = one.phases.sweep.model_copy(update={"storage": str(tmp_path / f"again-{number}")})
         sweep.directory.mkdir(parents=True)
         (sweep.directory / "ledger.jsonl").write_bytes(content)
-        again = PlanSearcher(sweep, one.proposer.space, Ledger(sweep), clock=Clock())
+        again = PlanSearcher(sweep, one.phases.proposer.space, Ledger(sweep), clock=Clock())
         names = [f"again-{i}" for i in range(len(still))]
         assert [again.suggest(name) for name in names] == still  # what ran, first
-        assert not again.finished
+        assert not again.phases.finished
         play(again, at_once, so_far, names, lambda: None)
         assert so_far == handed
-        assert again.finished
-        assert again.stopped == one.stopped
+        assert again.phases.finished
+        assert again.phases.stopped == one.phases.stopped
 
 
 def test_what_another_version_would_propose_otherwise_is_refused(searcher) -> None:
     one = searcher()
     for i in range(3):
         one.suggest(f"t{i}")
-    path = one.ledger.journal.path
-    events = Ledger(one.sweep).past
+    path = one.phases.ledger.journal.path
+    events = Ledger(one.phases.sweep).past
     events[2]["config"]["parameters"]["budget"] += 0.01
     path.unlink()
     for event in events:
@@ -581,16 +578,17 @@ def test_what_was_running_is_told_after_going_on(searcher) -> None:
     assert [again.suggest(f"r{i}")["trial"] for i in range(2)] == ["0000", "0002"]
     end(again, "r0", 70.0)
     end(again, "r1", 62.0)
-    assert [(t.name, t.top1) for t in again.proposer.told] == [("0001", 61.0), ("0002", 62.0)]
+    told = [(t.name, t.top1) for t in again.phases.proposer.told]
+    assert told == [("0001", 61.0), ("0002", 62.0)]
     assert again.suggest("t3")["trial"] == "0003"
-    assert one.proposer.told == []  # the two share nothing
+    assert one.phases.proposer.told == []  # the two share nothing
 
 
 def test_an_earlier_front_is_tried_after_the_ladder(searcher, tiny) -> None:
     before = searcher()
-    sweep, space = (copy.deepcopy(v) for v in (before.sweep, before.proposer.space))
+    sweep, space = (copy.deepcopy(v) for v in (before.phases.sweep, before.phases.proposer.space))
     earlier = [{**space.ladder()[0], "budget": 0.77, "grouped.slope": 0.3}]
-    one = PlanSearcher(sweep, space, before.ledger, earlier=earlier)
+    one = PlanSearcher(sweep, space, before.phases.ledger, earlier=earlier)
     configs = [one.suggest(f"t{i}") for i in range(4)]
     assert [c["origin"] for c in configs] == ["dense", *["ladder"] * 2, "earlier"]
     assert configs[3]["parameters"] == earlier[0]
@@ -612,18 +610,18 @@ def test_the_study_is_copied_for_the_dashboard(searcher, tmp_path: Path) -> None
     ends = ({}, {}, {}, {"status": "failed"}, {"status": "running", "top1": 99.0})
     for i, more in enumerate(ends):
         end(one, f"t{i}", **more)
-    assert one.study.get_trials()[3].state == TrialState.COMPLETE
-    one.export_study(tmp_path / "study.db")
-    one.export_study(tmp_path / "study.db")  # an older copy is replaced
+    assert one.phases.proposer.study.get_trials()[3].state == TrialState.COMPLETE
+    export_study(one.phases.proposer.study, tmp_path / "study.db")
+    export_study(one.phases.proposer.study, tmp_path / "study.db")  # an older copy is replaced
     study = optuna.load_study(study_name="tiny", storage=f"sqlite:///{tmp_path / 'study.db'}")
-    known = one.study.get_trials()[:4]
+    known = one.phases.proposer.study.get_trials()[:4]
     assert [t.values for t in study.trials] == [*(t.values for t in known[:3]), None]
     states = [TrialState.COMPLETE, TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED]
     assert [t.state for t in study.trials] == states
     constraints = [{"max_drop": -1.0}, {"max_drop": -1.0}, {}, {"max_drop": -50.0}]
     assert [t.constraints for t in study.trials] == constraints
     assert {t.number for t in study.best_trials} <= {0, 1}  # the stopped one is none of them
-    assert study.directions == one.study.directions
+    assert study.directions == one.phases.proposer.study.directions
     assert study.user_attrs == {"objectives": ["val_top1", "cost_ratio"]}
 
 

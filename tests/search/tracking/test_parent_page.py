@@ -15,8 +15,8 @@ from search.records.front import Front, build_front
 from search.records.journal import Journal
 from search.records.ledger import LEDGER
 from search.records.trial_record import TrialRecord
+from search.tracking.addresses import local_uri
 from search.tracking.parent_page import ParentPage
-from search.tracking.runs import local_uri
 from tests.search.logged import SHAPE, tracked
 from tests.search.trial_records import DENSE, record
 

@@ -12,7 +12,9 @@ from PIL import Image
 
 from search.records.front import build_front
 from search.sweep.spec import SweepError
-from search.tracking.runs import SweepRuns, local_uri, trial_params, ui_command
+from search.tracking.addresses import local_uri, ui_command
+from search.tracking.params import trial_params
+from search.tracking.runs import SweepRuns
 from tests.search.logged import SHAPE, TINY_SHAPE, asked, ended, epoch, log, opened, tracked
 from tests.search.trial_records import DENSE, record
 

@@ -4,8 +4,8 @@ import base64
 import json
 import zlib
 
-from search.records.ledger import METRICS
-from search.tracking.runs import trial_params
+from search.records.events import METRICS
+from search.tracking.params import trial_params
 from search.tracking.views import COLUMNS, FRONT, TRIALS, view_address, view_tags
 from tests.search.trial_records import record
 

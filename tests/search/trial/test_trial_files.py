@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -10,18 +11,21 @@ import torch
 
 from pruners import PrunableViT
 from search.records.digests import json_digest
+from search.records.events import EpochResult
 from search.records.trial_record import model_path
 from search.sweep.spec import SweepFailedError
 from search.trial.trial_files import DECISIVE, TrialFiles, check_model
-from tests.search.trial_config import CONFIG
+from tests.search.trial_events import config_of, result_of
+
+CONFIG = config_of("0007")
 
 
 def tuner(steps: int = 0, **state: object) -> dict:
     return {"steps": steps, **state}
 
 
-def result(epoch: int, status: str = "running") -> dict:
-    return {"epoch": epoch, "status": status, "val_top1": 50.0 + epoch}
+def result(epoch: int, status: str = "running") -> EpochResult:
+    return result_of("0007", epoch=epoch, status=status, val_top1=50.0 + epoch)
 
 
 @pytest.fixture
@@ -44,7 +48,7 @@ def saved_twice(files: TrialFiles, vit: PrunableViT) -> Path:
 def test_what_was_saved_is_read_back(files: TrialFiles, vit: PrunableViT, tmp_path: Path) -> None:
     assert files.load() is None
     folder = saved_twice(files, vit)
-    saved = TrialFiles(tmp_path, dict(CONFIG)).load()
+    saved = TrialFiles(tmp_path, CONFIG).load()
     assert saved.results == [result(0), result(1)]
     assert saved.tuner == tuner(step=torch.tensor(2))
     assert saved.seconds == 2.5
@@ -89,7 +93,7 @@ def test_another_trial_of_the_name_is_not_continued(
     key: str, files: TrialFiles, vit: PrunableViT, tmp_path: Path
 ) -> None:
     saved_twice(files, vit)
-    other = TrialFiles(tmp_path, CONFIG | {key: "other"})
+    other = TrialFiles(tmp_path, dataclasses.replace(CONFIG, **{key: "other"}))
     assert (other.load() is None) == (key in DECISIVE)
     other.save(vit, [result(1)], tuner(), 1.0)
     assert other.load().results == [result(1)]
@@ -116,6 +120,8 @@ def test_damaged_files_are_named(
     "change",
     [
         {"results": []},
+        {"results": [{"epoch": 1, "status": "running", "val_top1": 51.0}]},
+        {"results": [result_of("0007").to_report() | {"x": 1}]},
         {"results": 3},
         {"digests": {}},
         {"digests": {"../x": ""}},

@@ -13,15 +13,16 @@ import torch.multiprocessing as mp
 
 from pruners.training.fine_tune import FineTuner
 from pruners.training.peers import Peers
+from search.records.events import EpochResult, TrialConfig
 from search.records.ledger import Ledger
 from search.strategy.searcher import PlanSearcher
 from search.sweep.toml import load_sweep
-from search.trial import worker as together
 from search.trial.inputs import TrialInputs
 from search.trial.memory import is_out_of_memory
 from search.trial.preemption import ToldToEndError
-from search.trial.trial import PlanTrial
-from search.trial.worker import Member
+from search.trial.trial import Trial
+from search.trial.worker import FirstWorker, follow
+from search.trial.workers import OneWorker
 from tests.sweeps import write_sweep
 
 pytestmark = pytest.mark.slow
@@ -31,7 +32,7 @@ SETS += ["resources={workers=2}"]
 KEYS = ("epoch", "status", "val_loss", "train_loss")
 
 
-def inputs_of(folder: Path, *sets: str) -> tuple[TrialInputs, dict[str, Any]]:
+def inputs_of(folder: Path, *sets: str) -> tuple[TrialInputs, TrialConfig]:
     """What a sweep's trials share, and the first that is cut."""
     from search.check import check
 
@@ -39,29 +40,30 @@ def inputs_of(folder: Path, *sets: str) -> tuple[TrialInputs, dict[str, Any]]:
     dense, space = check(sweep)
     sweep.directory.mkdir(parents=True, exist_ok=True)
     searcher = PlanSearcher(sweep, space, Ledger(sweep))
-    configs = [searcher.suggest(f"t{i}") for i in range(2)]
+    configs = [TrialConfig.from_json(searcher.suggest(f"t{i}")) for i in range(2)]
     inputs = TrialInputs(sweep=sweep, dense=dense, start=dense, directory=sweep.directory)
     return inputs, configs[1]
 
 
-def run(one: PlanTrial) -> dict[str, Any]:
-    results: list[dict[str, Any]] = []
+def run(one: Trial) -> dict[str, Any]:
+    results: list[EpochResult] = []
     try:
-        while not (results and results[-1]["done"]):
+        while not (results and results[-1].done):
             results.append(one.step())
     except ToldToEndError:
         return {"told": [path.name for path in one.files.directory.iterdir()]}
     weights = [p.detach().clone() for p in one.vit.parameters()]
-    return {"results": [[r[key] for key in KEYS] for r in results], "weights": weights}
+    return {"results": [[getattr(r, key) for key in KEYS] for r in results], "weights": weights}
 
 
-def shared_run(inputs: TrialInputs, config: dict[str, Any], peers: Peers) -> dict[str, Any]:
+def shared_run(inputs: TrialInputs, config: TrialConfig, peers: Peers) -> dict[str, Any]:
     """Run a trial in two new processes, as far as what they hold goes."""
     if peers.rank > 0:
-        together._follow(inputs, peers)
+        follow(inputs, peers)
         return {}
-    found = run(Member(config, inputs, peers))
-    peers.shared(None)
+    workers = FirstWorker(peers)
+    found = run(Trial.first(inputs, config, workers))
+    workers.end()
     return found
 
 
@@ -129,12 +131,8 @@ def close(ours: dict[str, Any], theirs: dict[str, Any], rel: float) -> None:
 
 def test_two_processes_come_to_what_one_comes_to(folder: Path, found) -> None:
     inputs, config = inputs_of(folder / "2")
-
-    class Here(PlanTrial):
-        def setup(self, config: dict[str, Any]) -> None:  # type: ignore[override]
-            super().setup(config, dataclasses.replace(inputs, directory=folder / "alone"))
-
-    close(found["plain"], run(Here(config)), rel=1e-4)
+    alone = dataclasses.replace(inputs, directory=folder / "alone")
+    close(found["plain"], run(Trial.first(alone, config, OneWorker())), rel=1e-4)
     assert found["plain"]["results"] != found["random"]["results"]
 
 

@@ -1,22 +1,26 @@
-"""README.md's commands and lines of code, as a reader copies them."""
+"""Commands and lines of code on pages, as a reader copies them.
+
+`tests/docs/test_readme.py` says that those in README.md's journeys are the same.
+"""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "use-a-model.md"
+"""What follows the review of a sweep."""
 
 
 def blocks(heading: str, language: str = "") -> list[str]:
-    """Return the code blocks of a section, in their order.
+    """Return the code blocks of a section of the page, in their order.
 
     Args:
-        heading: Its heading, or how that begins.
+        heading: Its heading.
         language: What stands behind the block's fence: "python", or nothing.
     """
-    section = re.split(r"(?m)^#+ ", README.read_text())
-    (text,) = (part for part in section if part.startswith(heading))
+    sections = re.split(r"(?m)^#+ ", PAGE.read_text())
+    (text,) = (part for part in sections if part.partition("\n")[0] == heading)
     return [
         code for kind, code in re.findall(r"(?ms)^```(\w*)\n(.*?)^```$", text) if kind == language
     ]
