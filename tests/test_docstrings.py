@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.processes import ROOT
+
 SOURCES = sorted((ROOT / "pruners").rglob("*.py"))
 assert SOURCES
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from pruners import Plan, Step, cost_of, load_method
+from pruners.model.tokens import Tokens
+from pruners.model.vit import Block
 from tests.models import images_for
 
 ALL = ("head", "qk_dim", "v_dim", "neuron")
@@ -159,20 +161,28 @@ def test_on_a_trained_vit_scores_rank_heads_like_ablation_does() -> None:
     vit = PrunableViT.from_safetensors(sample / "vit_cifar10.safetensors").eval()
     vit.use_fused_attention(False)
 
-    @torch.no_grad()
-    def loss() -> float:
-        return sum(torch.nn.functional.cross_entropy(vit(x), y).item() for x, y in data)
+    def loss(inputs: list[Tokens], blocks: list[Block]) -> float:
+        """The loss when these blocks, the last ones, get these tokens."""
+        total = 0.0
+        for tokens, (_, labels) in zip(inputs, data, strict=True):
+            for block in blocks:
+                tokens = block(tokens)
+            logits = vit.classify(tokens._replace(x=vit.vit.norm(tokens.x)))
+            total += torch.nn.functional.cross_entropy(logits, labels).item()
+        return total
 
-    dense, changes = loss(), []
-    for block in vit.blocks:
-        for head in range(4):
-            columns = slice(32 * head, 32 * head + 32)
+    changes = []
+    with torch.no_grad():
+        inputs = [Tokens(vit.embed(images)) for images, _ in data]
+        dense = sum(torch.nn.functional.cross_entropy(vit(x), y).item() for x, y in data)
+        assert loss(inputs, vit.blocks) == dense
+        for number, block in enumerate(vit.blocks):
             kept = block.attn.proj.weight.detach().clone()
-            with torch.no_grad():
-                block.attn.proj.weight[:, columns] = 0.0
-            changes.append(loss() - dense)
-            with torch.no_grad():
+            for head in range(4):
+                block.attn.proj.weight[:, 32 * head : 32 * head + 32] = 0.0
+                changes.append(loss(inputs, vit.blocks[number:]) - dense)
                 block.attn.proj.weight.copy_(kept)
+            inputs = [block(tokens) for tokens in inputs]  # what stands before is not changed
     correlations = {}
     for criterion in ("magnitude", "taylor", "fisher"):
         scores = load_method("grouped", criterion=criterion).score(vit, data)
