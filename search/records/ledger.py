@@ -27,7 +27,7 @@ LEDGER = "ledger.jsonl"
 """File of a sweep's directory that holds its events.
 
 Each has its kind as `event` and milliseconds since 1970 as `time`. `began`: a driver starts or
-continues the sweep. `identity`: digests of its model and images. `classes`: their names. `learned`,
+resumes the sweep. `identity`: digests of its model and images. `classes`: their names. `learned`,
 `elastic`: what came before the trials. `asked`: a trial's configuration. `epoch`: its result after
 one. `ended`: its last status, and the front's hypervolume. `stopped`: why no more plans are asked
 for.

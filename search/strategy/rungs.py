@@ -54,7 +54,7 @@ def bracket_of(number: int, weights: Floats) -> int:
 
     The multiples of the golden ratio, modulo 1, fill the unit interval evenly from the start, so
     that already few trials are spread in the proportions wanted. Nothing but the number counts, so
-    that a continued sweep needs no memory of it.
+    that a resumed sweep needs no memory of it.
     """
     place = number * GOLDEN % 1.0
     return int(np.searchsorted(np.cumsum(weights[:-1]), place, side="right"))

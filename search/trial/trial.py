@@ -66,8 +66,9 @@ class Trial:
 
     def next(self, config: TrialConfig) -> Trial:
         """Begin another trial in this one's place: torch is imported and the images are open."""
+        self._release()
         with time_limit(self.context.sweep, self.context.directory, config.trial):
-            return type(self)(self.context, config, self.workers)
+            return Trial(self.context, config, self.workers)
 
     def step(self) -> EpochResult:
         """Run one epoch and return its result.
@@ -120,8 +121,7 @@ class Trial:
 
     def _again_in_more_parts(self, taken: float) -> EpochResult:
         """Run an epoch that did not fit into memory from its start: what it changed is not kept."""
-        del self.vit
-        self.__dict__.pop("training", None)  # there is none before the cut
+        self._release()
         self._begin(dataclasses.replace(self.config, parts=2 * self.config.parts))
         self.repeats.clear()  # what is known
         self.seconds += taken
@@ -147,6 +147,11 @@ class Trial:
         self.vit = copy.deepcopy(uncut).to(context.device).requires_grad_(True)
         if context.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _release(self) -> None:
+        """Free what takes memory on the device."""
+        for name in ("training", "vit"):
+            self.__dict__.pop(name, None)  # neither is there of a trial that had ended
 
     def _resume(self, saved: Saved) -> None:
         self.results, last = saved.results, saved.results[-1]

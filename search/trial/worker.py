@@ -29,11 +29,10 @@ from search.trial.training import Training
 from search.trial.trial import Trial
 from search.trial.trial_files import TunerState
 
-END = "end"
-"""The order after which a group ends."""
+STEP, END = "step", "end"
 
-Order = TrialConfig | str | None
-"""An order to the first worker: begin a trial, run another step of it (None), or `END`."""
+Order = TrialConfig | str
+"""An order to the first worker: begin a trial and run a step, `STEP` once more, or `END`."""
 
 Answer = EpochResult | ToldToEndError | SweepFailedError
 """A step's result, or what the trial's own actor is to raise."""

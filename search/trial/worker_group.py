@@ -24,7 +24,7 @@ from ray.train.v2.api.exceptions import PreemptionError
 from search.records.events import TrialConfig
 from search.sweep.spec import Sweep
 from search.trial.inputs import TrialInputs
-from search.trial.worker import END, Answer, Order, work
+from search.trial.worker import END, STEP, Answer, Order, work
 
 HEAD = {"node:__internal_head__": 0.001}
 """What the trial's own actor takes: a place on the head, which is not preempted, but no CPU."""
@@ -80,7 +80,7 @@ class SharedTrial(tune.Trainable):
             RuntimeError: If the group has failed.
         """
         self.desk.order.remote(self.order)
-        self.order = None  # another step
+        self.order = STEP
         coming = self.desk.next_answer.remote()
         while not ray.wait([coming], timeout=LOOK_S)[0]:
             if not self.thread.is_alive():
