@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "pruners").rglob("*.py"))
+assert SOURCES
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

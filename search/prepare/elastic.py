@@ -47,7 +47,7 @@ FOLDER = "elastic"
 """Folder of a sweep's storage that holds tuned dense models; all sweeps there share it."""
 
 REPORT = {"epochs", "dense_before", "dense_after", "seconds"}
-"""What a tuned model's description reports of how it was tuned."""
+"""Keys of the report in a tuned model's description."""
 
 PASSES = 4
 """Models that are run forward and backward in a step: dense, smallest, and two plans."""
@@ -55,14 +55,14 @@ PASSES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class ElasticStart:
-    """What the dense model is tuned for.
+    """The plans that the dense model is tuned for, and for how long.
 
     Attributes:
         epochs: Passes over the training images; each runs four models.
         smallest: The plan that is trained in every step.
         plans: Plans of the sweep's space; two are trained in each step, in this order, over again.
-        learned: What is known of the dense model already: scores, and weights learned with them.
-            A method whose cuts start from learned weights is refused.
+        learned: Scores of the dense model, and weights learned with them. A method whose cuts start
+            from learned weights is refused.
     """
 
     epochs: int
@@ -147,13 +147,13 @@ class Sandwich(Learner):
 
 @dataclass(frozen=True, kw_only=True)
 class ElasticRun:
-    """What came of an elastic start.
+    """One run of an elastic start.
 
     Attributes:
         path: Directory of the tuned dense model; `PrunableViT.load` opens it.
         report: `epochs`, passes of one model over the training images, for comparisons with
             fine-tuning; `dense_before` and `dense_after`, top-1 on validation images in percent;
-            `seconds`, what it took, whenever that was; of an interrupted run, its last part.
+            `seconds`, its duration, in whatever sweep it ran; of a resumed run, its last part.
         reused: Whether an earlier sweep had tuned the same.
     """
 
@@ -162,7 +162,7 @@ class ElasticRun:
     reused: bool
 
     def describe(self) -> str:
-        """Say it in one line."""
+        """Return the run in one line."""
         report = self.report
         how = "tuned before" if self.reused else f"tuned in {report['seconds']:.0f} s"
         return (
@@ -199,7 +199,7 @@ def tune_elastic(
 
 
 def tune_once(sweep: Sweep, dense: PrunableViT, start: ElasticStart, folder: Path) -> ElasticRun:
-    """Tune, or find what was tuned from the same; an interrupted run goes on where it ended.
+    """Tune, or reuse the result of the same inputs; an interrupted run resumes.
 
     Raises:
         ValueError: If a method's models cannot share the dense weights.
@@ -208,7 +208,7 @@ def tune_once(sweep: Sweep, dense: PrunableViT, start: ElasticStart, folder: Pat
     device = trial_device(sweep)
     train, val = (open_split(sweep, dense, split) for split in ("train", "val"))
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"elastic-{identity(sweep, dense, start, train, val)[:24]}"
+    path = folder / f"elastic-{elastic_digest(sweep, dense, start, train, val)[:24]}"
     reused = (path / SHAPE).exists()  # written last
     if not reused:
         vit, began, state = dense.to(device), time.perf_counter(), path.with_suffix(".part")
@@ -249,10 +249,10 @@ def _tune(
     return own
 
 
-def identity(
+def elastic_digest(
     sweep: Sweep, dense: PrunableViT, start: ElasticStart, train: Images, val: Images
 ) -> str:
-    """SHA-256 of everything that decides the tuned weights and their report."""
+    """Return the SHA-256 of all inputs of the tuned weights and their report."""
     learned = {
         json.dumps([pruner.name, pruner.options()], sort_keys=True): tensors_digest(found.scores)
         for pruner, found in start.learned.items()

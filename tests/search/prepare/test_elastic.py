@@ -25,7 +25,7 @@ from search.prepare.elastic import (
     FOLDER,
     ElasticStart,
     Sandwich,
-    identity,
+    elastic_digest,
     tune_elastic,
     tune_once,
 )
@@ -215,7 +215,7 @@ def test_a_run_is_found_again_and_anything_decisive_changes_its_name(
     assert "tuned before" in again.describe()
 
     train, val = splits(sweep, dense)
-    names = {identity(sweep, dense, START, train, val)}
+    names = {elastic_digest(sweep, dense, START, train, val)}
     known = Learned(scores=GROUPED.score(dense, list(train.batches(16, seed=0, augment=False))))
     weaker = Learned(scores={site: 0.5 * s for site, s in known.scores.items()})
     for change in (
@@ -226,8 +226,8 @@ def test_a_run_is_found_again_and_anything_decisive_changes_its_name(
         {"learned": {GROUPED: weaker}},
         {"learned": {MAGNITUDE: known}},
     ):
-        names.add(identity(sweep, dense, dataclasses.replace(START, **change), train, val))
-    names |= {identity(sweep, dense, START, a, b) for a, b in ((val, val), (train, train))}
+        names.add(elastic_digest(sweep, dense, dataclasses.replace(START, **change), train, val))
+    names |= {elastic_digest(sweep, dense, START, a, b) for a, b in ((val, val), (train, train))}
     for changed in (
         "seed=4",
         "data.batch_size=8",
@@ -237,14 +237,14 @@ def test_a_run_is_found_again_and_anything_decisive_changes_its_name(
         "finetune.distill=0.2",
     ):
         other = load_sweep(sweep_file, ["seed=3", changed])
-        names.add(identity(other, dense, START, train, val))
+        names.add(elastic_digest(other, dense, START, train, val))
     with torch.no_grad():
         dense.vit.head.bias[0] += 1e-6
-    names.add(identity(sweep, dense, START, train, val))
+    names.add(elastic_digest(sweep, dense, START, train, val))
     assert len(names) == 16
     # What does not decide it does not change it: another sweep finds it again.
     assert (
-        identity(
+        elastic_digest(
             load_sweep(sweep_file, ["seed=3", "trials=9", 'name="second"']),
             dense,
             START,
