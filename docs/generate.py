@@ -74,6 +74,7 @@ def sweep_keys() -> str:
 def method_options() -> str:
     """Return the page on the options of all methods."""
     from pruners import method_names  # imports torch
+    from pruners.families.options import bounds_of, option_types
 
     lines = [
         "# Options of the methods",
@@ -90,12 +91,12 @@ def method_options() -> str:
         if not dataclasses.fields(method):
             lines += ["It has no options."]
             continue
-        told, types_of = _attributes(method), typing.get_type_hints(method)
+        told, types_of = _attributes(method), option_types(method)
         lines += ["| option | type | default | meaning |", "|---|---|---|---|"]
         for field in dataclasses.fields(method):
             row = (
                 f"`{field.name}`",
-                _annotation(types_of[field.name]) + _bounds(field.metadata),
+                _annotation(types_of[field.name]) + _bounds(bounds_of(method, field.name)),
                 _code(_toml(field.default)),
                 _cell(told.get(field.name, "")),
             )
@@ -172,7 +173,8 @@ def _annotation(annotation: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_annotation(arg) for arg in args if arg is not type(None))
     if origin is tuple:
-        return f"list of {_annotation(args[0])}"
+        count = "" if args[-1] is Ellipsis else f"{len(args)}, each "
+        return f"list of {count}{_annotation(args[0])}"
     if origin is dict:
         return "table"
     return {str: "string", int: "integer", float: "number", bool: "boolean"}[annotation]
@@ -229,10 +231,10 @@ def _method_class(name: str) -> type:
     return type(load_method(name))
 
 
-def _bounds(metadata: typing.Mapping[str, Any]) -> str:
-    """Say the bounds that a field of a method carries, if it does."""
-    said = [f"{sign} {metadata[name]:g}" for name, sign in SIGNS.items() if name in metadata]
-    return "".join(f", {part}" for part in said)
+def _bounds(bounds: Any) -> str:
+    """Say the bounds of an option, a `pruners.families.options.Bounds`."""
+    signs = {">=": bounds.low, ">": bounds.above, "<=": bounds.high, "<": bounds.below}
+    return "".join(f", {sign} {x:.16g}" for sign, x in signs.items() if x is not None)
 
 
 def _attributes(method: type) -> dict[str, str]:

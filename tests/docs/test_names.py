@@ -50,6 +50,12 @@ def test_a_name_that_is_gone_is_found() -> None:
     assert not resolves("pruners.model.price")
 
 
+@pytest.mark.parametrize("page", NOW)
+def test_every_extra_is_one(page: str) -> None:
+    extras = tomllib.loads(text_of("pyproject.toml"))["project"]["optional-dependencies"]
+    assert set(re.findall(r"prunefront\[(\w+)\]", text_of(page))) <= set(extras)
+
+
 def keys() -> set[str]:
     """Return every key of a sweep, and every option of a method."""
     models = (spec.Sweep, parts.ModelSpec, parts.DataSpec, parts.StepSpec, parts.FineTuneSpec)
