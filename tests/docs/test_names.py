@@ -8,7 +8,7 @@ import tomllib
 import pytest
 
 from search.sweep import parts, spec
-from tests.docs.pages import PAGES, ROOT, blocks, names_in, resolves, spans, text_of
+from tests.docs.pages import PAGES, ROOT, blocks, lines_of, names_in, resolves, spans, text_of
 
 NOW = [page for page in PAGES if page != "CHANGELOG.md"]  # which also tells what was
 PATH = re.compile(r"(?:pruners|search|cluster|tests|docs|\.ci)/[\w./-]*\w/?")
@@ -54,6 +54,14 @@ def test_a_name_that_is_gone_is_found() -> None:
 def test_every_extra_is_one(page: str) -> None:
     extras = tomllib.loads(text_of("pyproject.toml"))["project"]["optional-dependencies"]
     assert set(re.findall(r"prunefront\[(\w+)\]", text_of(page))) <= set(extras)
+
+
+@pytest.mark.parametrize("page", NOW)
+def test_every_target_of_make_is_one(page: str) -> None:
+    targets = set(re.findall(r"(?m)^(\w+):", text_of("Makefile")))
+    code = [*spans(page), *(line for block in blocks("", [page]) for line in lines_of(block))]
+    named = {found[1] for line in code if (found := re.match(r"make (\w+)", line))}
+    assert named - targets == set()
 
 
 def keys() -> set[str]:
