@@ -167,9 +167,17 @@ def test_too_few_images_are_refused(tiny, batches) -> None:
         load_method("cap", gradient_batch=7).score(tiny(), batches)
 
 
-@pytest.mark.parametrize("option", ["block", "damping", "gradient_batch", "memory_gb"])
-def test_options_are_checked(option: str) -> None:
-    with pytest.raises(ValueError, match=f"option {option} of cap is 0; give more than 0"):
+@pytest.mark.parametrize(
+    ("option", "right"),
+    [
+        ("block", "a whole number, at least 1"),
+        ("damping", "a number, more than 0"),
+        ("gradient_batch", "a whole number, at least 1"),
+        ("memory_gb", "a number, more than 0"),
+    ],
+)
+def test_options_are_checked(option: str, right: str) -> None:
+    with pytest.raises(ValueError, match=f"option {option} of cap is 0; give {right}"):
         load_method("cap", **{option: 0})
 
 
