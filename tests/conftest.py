@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from pruners import PrunableViT
 from tests.forks.client import ray_workers
 from tests.models import build_tiny
 from tests.sweeps import write_sweep
+
+# Servers of MLflow would start seven more processes for jobs that nothing here asks for.
+os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
 
 STARTS = {"ray_session", "cluster", "demo"}
 """Fixtures that start Ray: whoever uses them is slow."""

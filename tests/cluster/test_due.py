@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import socket
 import subprocess
@@ -115,10 +114,8 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--workers", "1"]
     command += ["--port", str(port), "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
     command += ["--artifacts-destination", str(folder / "artifacts")]
-    # Its own background jobs are not needed, and start slowly.
-    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with (folder / "log").open("w") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        server = subprocess.Popen(command, stdout=log, stderr=log)
         try:
             deadline = time.monotonic() + 60
             while True:
