@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 LOWEST := build/lowest
 # On two slow cores: quick 90 s, before each commit; test 8 minutes; chaos 8 minutes; fuzz 4, each night.
 QUICK := -m "not slow and not chaos and not gpu"
-TWO := --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 30 --durations-min 5
+TWO := --numprocesses 2 --dist loadfile --durations 30 --durations-min 5
 
 .PHONY: demo quick test chaos fuzz lint docs lowest clean
 
@@ -16,7 +16,7 @@ quick: $(VENV)/installed
 	$(BIN)/python -m pytest $(TWO) $(QUICK)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest $(TWO) -m "not chaos"
+	$(BIN)/python -m pytest $(TWO) --no-loadscope-reorder -m "not chaos"
 
 chaos: $(VENV)/installed
 	$(BIN)/python -m pytest $(TWO) -m chaos

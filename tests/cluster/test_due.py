@@ -140,6 +140,7 @@ def test_a_slot_is_submitted_once() -> None:
     assert world.due(NOON + HOUR).submitted == ("s-20261125T1300Z",)
 
 
+@pytest.mark.slow
 def test_each_minute_each_slot_is_submitted_once_at_its_minute() -> None:
     for start in (SPRING, AUTUMN):
         for cron in ("30 2 * * *", "*/30 2 * * *", "*/20 * * * *", "15 1-3 * * *"):
@@ -516,6 +517,7 @@ sys.exit(failed)
 """
 
 
+@pytest.mark.slow
 def test_of_many_processes_one_submits(uri: str) -> None:
     command = [sys.executable, "-c", CALLS, uri, str(SWEEP), STORAGE]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
@@ -529,6 +531,7 @@ def test_of_many_processes_one_submits(uri: str) -> None:
         assert record.last.submitted
 
 
+@pytest.mark.slow
 def test_against_a_server(uri: str) -> None:
     world = World(Slots(uri), name="server", start_from_last=True)
     world.cluster.dies = "before"

@@ -221,6 +221,7 @@ sys.exit(max(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(6)))
 """
 
 
+@pytest.mark.slow
 def test_of_many_processes_one_claims(uri: str) -> None:
     Slots(uri)  # makes the tables
     done = subprocess.run(

@@ -235,6 +235,7 @@ UNITS: dict[str, tuple[UnitPruner, Callable]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("units", UNITS)
 def test_gradients_are_those_of_masked_units(units: str, variant: str, tiny) -> None:

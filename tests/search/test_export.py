@@ -75,6 +75,7 @@ def sweep(sweep_file: Path, tiny) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_every_format_is_the_trials_model(sweep: Path, tmp_path: Path) -> None:
     out, said = tmp_path / "small", io.StringIO()
     export_trial(sweep, "0001", out, said)

@@ -11,6 +11,7 @@ from pruners.export.onnx import agreement, agreement_of, export_program, write_o
 from tests.models import VARIANTS, cut, images_for
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["pooled", "qk_norm", "grey_no_bias"])
 def test_program_takes_any_number_of_images(variant: str, tiny, tmp_path) -> None:
     vit = cut(tiny(patch_size=4, **VARIANTS[variant]))
@@ -21,6 +22,7 @@ def test_program_takes_any_number_of_images(variant: str, tiny, tmp_path) -> Non
         torch.testing.assert_close(program(images), vit(images), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_onnx_file_is_one_and_says_what_it_takes(tiny, tmp_path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     vit = cut(tiny(patch_size=4, reg_tokens=2, init_values=0.5))

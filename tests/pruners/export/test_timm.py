@@ -72,6 +72,7 @@ def models(tiny) -> dict[str, PrunableViT]:
     return own
 
 
+@pytest.mark.slow
 def test_loads_without_this_project(tiny, tmp_path: Path) -> None:
     written = models(tiny)
     for name, vit in written.items():

@@ -18,6 +18,7 @@ class StoppedError(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNERS)
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     name: str, tiny, batches, tmp_path

@@ -169,6 +169,7 @@ def labelled(count: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     return ((images, labels) for images, labels, _ in marked_patches(count, seed))
 
 
+@pytest.mark.slow
 def test_learns_which_patches_say_the_class() -> None:
     args = {**TINY, "patch_size": 4, "num_classes": 4}
     dense = PrunableViT(VisionTransformer(**args))

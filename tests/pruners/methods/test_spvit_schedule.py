@@ -37,6 +37,7 @@ def marked_images(count: int, seed: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     return found
 
 
+@pytest.mark.slow
 def test_selectors_learn_to_keep_what_matters(tiny) -> None:
     """In a model that is trained already: else it learns to read the package as well."""
     found = []
@@ -77,6 +78,7 @@ def learning_data(count: int = 3) -> LearningData:
     return LearningData.of([(images, labels) for images, labels, _ in marked_images(count, 3)])
 
 
+@pytest.mark.slow
 def test_a_real_schedule_meets_its_limit_and_leaves_the_model_as_it_was(tiny) -> None:
     vit = tiny(img_size=(32, 32), num_classes=3, depth=6).train()
     before, shape = copy.deepcopy(vit.state_dict()), vit.shape()

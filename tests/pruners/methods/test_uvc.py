@@ -184,6 +184,7 @@ def test_the_price_climbs_ever_faster(tiny, batches) -> None:
     assert [rise / rises[0] for rise in rises] == pytest.approx([1, 5, 9, 13, 17], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [0.5, 0.7])
 def test_the_budget_is_met_with_hard_gates_and_whole_groups(tiny, budget: float) -> None:
     vit, method = tiny(), load_method("uvc", epochs=2, budget=budget)

@@ -293,6 +293,7 @@ def reached(vit: PrunableViT, batches: Batches, **options) -> tuple[float, Tenso
     return learner.remaining().item(), torch.stack(fractions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "budget"), [(60, 0.4), (60, 0.7), (150, 0.5)])
 def test_the_budget_is_met_and_layers_differ(steps: int, budget: float, tiny) -> None:
     batches = bright_batches(steps // 2)
@@ -326,6 +327,7 @@ def test_without_multipliers_nothing_pushes_to_the_budget(tiny) -> None:
     assert remaining > 0.7
 
 
+@pytest.mark.slow
 def test_learned_shares_beat_uniform_ones_at_equal_macs(tiny) -> None:
     """Of five models, since the signs of single gradients decide, and a run may go astray."""
     better = []

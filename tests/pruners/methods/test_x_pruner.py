@@ -236,6 +236,7 @@ def test_what_one_class_needs_lives_and_dies_with_that_class(tiny) -> None:
     assert ranks((0, 1, 3, 4))[needed] < 15
 
 
+@pytest.mark.slow
 def test_beats_random_units_and_needs_true_labels(tiny) -> None:
     batches = budget_batches(100)
     vit = trained(tiny(), batches)

@@ -48,6 +48,7 @@ def cut_everywhere(vit: PrunableViT) -> Plan:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_closed_form_equals_the_flop_counter_at_full_size(name: str) -> None:
     vit = PrunableViT.from_timm(name, pretrained=False).eval()

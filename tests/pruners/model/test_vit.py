@@ -20,6 +20,7 @@ TIMM_MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("name", TIMM_MODELS)
 def test_untouched_model_equals_timm_bit_for_bit(name: str, fused: bool) -> None:

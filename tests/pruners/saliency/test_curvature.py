@@ -139,6 +139,7 @@ def test_a_memory_limit_changes_nothing_but_the_passes(tiny, batches) -> None:
         torch.testing.assert_close(few[site], score, rtol=1e-3, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["woodfisher", "cap", "mfac"])
 def test_a_matrix_that_cannot_be_inverted_is_named_with_what_mends_it(
     method: str, tiny, batches

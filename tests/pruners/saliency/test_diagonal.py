@@ -42,6 +42,7 @@ def test_hutchinson_of_a_quadratic_shrinks_like_one_over_the_root_of_probes() ->
     assert errors[1] < 0.1 * truth.mean()
 
 
+@pytest.mark.slow
 def test_hutchinson_finds_the_hessians_diagonal_of_a_layer(tiny, batches) -> None:
     vit = tiny(embed_dim=6, depth=1, num_heads=1).double()
     data = [(images.double(), labels) for images, labels in batches[:1]]

@@ -169,6 +169,7 @@ def test_only_the_dense_weights_are_kept_of_a_run(sandwich) -> None:
     assert not learner.teacher.training
 
 
+@pytest.mark.slow
 def test_cuts_cost_less_after_an_elastic_start(sweep: Sweep, tmp_path: Path) -> None:
     dense, _ = check(sweep)
     start = dataclasses.replace(START, epochs=6)
@@ -255,6 +256,7 @@ def test_a_run_is_found_again_and_anything_decisive_changes_its_name(
     )
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_bit_by_bit(
     sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

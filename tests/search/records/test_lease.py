@@ -73,6 +73,7 @@ def test_one_after_the_other_needs_no_waiting(tmp_path: Path) -> None:
     assert last.released
 
 
+@pytest.mark.slow
 def test_a_second_driver_is_refused_with_the_id_of_the_first(
     tmp_path: Path, other: subprocess.Popen
 ) -> None:
@@ -83,6 +84,7 @@ def test_a_second_driver_is_refused_with_the_id_of_the_first(
         pass
 
 
+@pytest.mark.slow
 def test_a_driver_that_died_on_this_machine_is_followed_at_once(
     tmp_path: Path, other: subprocess.Popen, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,6 +53,7 @@ def actives(proposal) -> list[str]:
     return [step.pruner.name for step in proposal.plan.steps if step.active]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cost", ["effective_gmacs", "gmacs", "latency"])
 @pytest.mark.parametrize("kind", ["tied", "layer", "residual"])
 def test_every_plan_meets_its_budget(cost: str, kind: str, sweep_file, tiny, batches) -> None:

@@ -517,6 +517,7 @@ def test_where_there_is_no_plan_at_all_the_sweep_fails(searcher) -> None:
         one.suggest("t1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_interrupted_anywhere_it_goes_on_the_same_way(

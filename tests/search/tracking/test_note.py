@@ -50,6 +50,7 @@ def test_trials_that_did_not_finish_are_counted_by_their_reason() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("members", "words"), [(3, 60), (30, 40), (200, 40)])
 def test_mlflow_keeps_the_whole_note(members: int, words: int) -> None:
     """It would cut a longer one off, in the middle of a table."""

@@ -33,6 +33,7 @@ def note_of(page: ParentPage) -> str:
     return page.client.get_run(page.parent).data.tags["mlflow.note.content"]
 
 
+@pytest.mark.slow
 def test_the_note_follows_each_trial_and_pictures_now_and_then(
     page: ParentPage, monkeypatch: pytest.MonkeyPatch
 ) -> None:

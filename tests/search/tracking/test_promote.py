@@ -195,6 +195,7 @@ def answers(url: str) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_what_is_approved_is_served_by_the_command_that_is_printed(
     made: Made, tmp_path: Path, world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:

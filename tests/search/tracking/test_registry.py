@@ -97,6 +97,7 @@ class Mortal:
         return call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True])
 def test_a_driver_may_die_at_any_call(after: bool, world: World) -> None:
     died = 0

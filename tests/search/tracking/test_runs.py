@@ -60,6 +60,7 @@ def runs(client: MlflowClient, query: str = "", experiment: str = "my-sweep0") -
     return {r.info.run_name: r for r in client.search_runs([experiment.experiment_id], query)}
 
 
+@pytest.mark.slow
 def test_a_parent_and_its_children(client: MlflowClient) -> None:
     found = runs(client)
     assert len(found) == 6
@@ -146,6 +147,7 @@ ALL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noted", [False, True])
 @pytest.mark.parametrize("place", range(len(ALL)))
 def test_what_was_logged_without_a_note_is_not_logged_again(
