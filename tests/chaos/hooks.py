@@ -57,14 +57,14 @@ def _limit_memory() -> None:
 
     from pruners.training.fine_tune import FineTuner
 
-    loss_of = FineTuner._loss_of
+    backward = FineTuner._backward
 
     def limited(tuner: FineTuner, images: torch.Tensor, *others: object) -> torch.Tensor:
         if tuner.parts < 4 and tuner.schedule.last_epoch >= 3:
             torch.empty(1 << 60, dtype=torch.uint8)
-        return loss_of(tuner, images, *others)
+        return backward(tuner, images, *others)
 
-    FineTuner._loss_of = limited  # type: ignore[method-assign]
+    FineTuner._backward = limited  # type: ignore[method-assign]
 
 
 def fill_the_node() -> None:
@@ -77,7 +77,7 @@ def _fill() -> None:
 
     from pruners.training.fine_tune import FineTuner
 
-    loss_of, filled = FineTuner._loss_of, Path(os.environ["GPU_NOTES"]) / "filled"
+    backward, filled = FineTuner._backward, Path(os.environ["GPU_NOTES"]) / "filled"
 
     def hungry(tuner: FineTuner, *others: Any) -> torch.Tensor:
         if tuner.schedule.last_epoch >= 3 and not filled.exists():
@@ -87,9 +87,9 @@ def _fill() -> None:
                 taken.append(np.ones(1 << 28, np.uint8))
                 time.sleep(0.02)  # Ray looks now and then
             time.sleep(30)
-        return loss_of(tuner, *others)
+        return backward(tuner, *others)
 
-    FineTuner._loss_of = hungry  # type: ignore[method-assign]
+    FineTuner._backward = hungry  # type: ignore[method-assign]
 
 
 def cpu_for_gpu() -> None:

@@ -178,15 +178,15 @@ def test_a_trial_that_runs_out_of_memory_takes_smaller_parts(
 ) -> None:
     """Batches of 16 in as many parts as it takes, or not at all."""
     expected = run(trial(configs[2], inputs))
-    loss_of, tried = FineTuner._loss_of, []
+    backward, tried = FineTuner._backward, []
 
     def limited(tuner: FineTuner, images: torch.Tensor, *others: object) -> torch.Tensor:
         if tuner.parts < fits and tuner.schedule.last_epoch >= 7:  # in the second epoch
-            tried.append(len(images))
+            tried.append(len(images) // tuner.parts)
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return loss_of(tuner, images, *others)
+        return backward(tuner, images, *others)
 
-    monkeypatch.setattr(FineTuner, "_loss_of", limited)
+    monkeypatch.setattr(FineTuner, "_backward", limited)
     one = trial(configs[2], inputs, tmp_path)
     results = run(one)
     if fits > 16:

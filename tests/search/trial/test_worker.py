@@ -94,14 +94,14 @@ def take_part(rank: int, folder: Path) -> None:
     Peers.any = given  # type: ignore[method-assign]
     found["resumed"] = shared_run(of(random, "left"), config, peers)
 
-    loss_of = FineTuner._loss_of
+    backward = FineTuner._backward
 
     def limited(tuner: FineTuner, *batch: Any) -> torch.Tensor:
         if rank == 1 and tuner.parts < 4 and tuner.schedule.last_epoch >= 7:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return loss_of(tuner, *batch)
+        return backward(tuner, *batch)
 
-    FineTuner._loss_of = limited  # type: ignore[method-assign]
+    FineTuner._backward = limited  # type: ignore[method-assign]
     found["in parts"] = shared_run(of(plain, "parts"), config, peers)
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
