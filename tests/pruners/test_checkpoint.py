@@ -83,7 +83,10 @@ def test_an_unknown_architecture_cannot_be_saved(tmp_path) -> None:
         (lambda d: d["input"].update(mean="abc"), r"input\.mean is 'abc'; give 3 numbers"),
         (lambda d: d["arch"].update(args=[]), r"arch\.args is \[\]; give a table"),
         (lambda d: d["token_step"].update(method="../x"), r"method '\.\./x' does not exist"),
-        (lambda d: d["token_step"]["options"].update(ramp_epochs="x"), "of the wrong type"),
+        (
+            lambda d: d["token_step"]["options"].update(ramp_epochs="x"),
+            "ramp_epochs of evit is 'x'; give a whole number",
+        ),
         (lambda d: d["token_step"]["thresholds"].update(x=0.5), "'x' names no site of evit"),
         (lambda d: d["shape"].update(outer_params=1), "another shape than its shape.json says"),
     ],
