@@ -52,6 +52,7 @@ TIMES = int(os.environ.get("FUZZ", "300"))
 PER_EXAMPLE = 100
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600 if TIMES > 1000 else 120)
 @pytest.mark.filterwarnings("error", "ignore:::PIL")
 @pytest.mark.parametrize("build", FORMATS.values(), ids=FORMATS.keys())

@@ -41,6 +41,7 @@ def schedule(request: pytest.FixtureRequest) -> Schedule:
     return Schedule(name=name, cron="0 * * * *", zone="UTC", sweep=Path("s.toml"))
 
 
+@pytest.mark.slow
 def test_nothing_is_recorded_at_first(slots: Slots | Memory, schedule: Schedule) -> None:
     assert slots.record(schedule) == Record()
     assert slots.last_finished(schedule) is None

@@ -8,6 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -72,6 +73,7 @@ def closure(names: set[str]) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_methods_and_models_need_the_base_alone(tmp_path: Path) -> None:
     packages = tmp_path / "packages"
     packages.mkdir()

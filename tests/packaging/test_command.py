@@ -108,6 +108,7 @@ def test_another_package_on_the_path_is_named(
     assert f"take {tmp_path / 'theirs'} off PYTHONPATH, or install prunefront into an " in line
 
 
+@pytest.mark.slow
 def test_a_folder_of_our_name_beside_it_is_no_clash(installed: Installed, tmp_path: Path) -> None:
     for name in ("search", "pruners", "cluster"):
         (tmp_path / name).mkdir()

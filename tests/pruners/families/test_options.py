@@ -96,7 +96,9 @@ def test_a_whole_number_is_a_number_and_stays_as_it_was_given() -> None:
 )
 @pytest.mark.parametrize("kind", [Some, Other])
 def test_what_fits_is_accepted(kind: type, options: dict[str, Any]) -> None:
-    check_options("some", kind(**options))
+    chosen = kind(**options)
+    check_options("some", chosen)
+    assert all(getattr(chosen, key) == value for key, value in options.items())
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ def backbone_parameters(vit: PrunableViT) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in vit.named_parameters() if ".front." not in n}
 
 
+@pytest.mark.slow
 def test_the_ratio_loss_alone_leads_to_the_target(tiny) -> None:
     vit = cut(tiny(img_size=(80, 80), depth=4).requires_grad_(False), THREE)  # 100 patches
     fronts = [block.front for block in vit.blocks[1:]]

@@ -278,6 +278,7 @@ def test_width_alone_meets_the_budget_and_parameters_go_too(tiny) -> None:
     assert learned.report["remaining_params"] < 0.75
 
 
+@pytest.mark.slow
 def test_gates_alone_skip_what_the_budget_asks_for_and_no_more(tiny) -> None:
     vit = tiny()
     one_less = 1.0 - 0.999 * block_share(vit.shape())
@@ -296,6 +297,7 @@ def block_share(shape) -> float:
     return 1.0 - cost_of(cut).effective_macs / cost_of(shape).effective_macs
 
 
+@pytest.mark.slow
 def test_the_block_that_does_nothing_is_the_one_skipped(tiny) -> None:
     vit, batches = tiny(), easy_batches()
     idle = vit.blocks[1]

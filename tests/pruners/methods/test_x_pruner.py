@@ -134,12 +134,14 @@ def learned_removal(vit, batches, *, descended: bool) -> tuple[float, torch.Tens
     return learner.removed_macs(gates).item(), rates
 
 
+@pytest.mark.slow
 def test_the_budget_is_reached_and_layers_differ(tiny) -> None:
     removed, rates = learned_removal(tiny(), budget_batches(), descended=False)
     assert abs(removed - 0.5) <= 0.02
     assert rates.max() - rates.min() > 0.1
 
 
+@pytest.mark.slow
 def test_descended_multipliers_remove_nothing(tiny) -> None:
     removed, _ = learned_removal(tiny(), budget_batches(), descended=True)
     assert removed < 0.05

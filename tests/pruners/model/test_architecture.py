@@ -99,5 +99,9 @@ def test_a_size_is_about_the_number_of_parameters() -> None:
 def test_a_model_whose_blocks_are_all_cut_away_is_not_absurd() -> None:
     with torch.device("meta"):
         vit = VisionTransformer()  # ViT-B/16
+    whole = sum(p.numel() for p in vit.parameters())
     outer = sum(p.numel() for n, p in vit.named_parameters() if not n.startswith("blocks."))
+    assert outer < 0.02 * whole  # what such a model stores
     check_size(None, {}, most=MOST_PER_STORED * outer)
+    with pytest.raises(ValueError, match="give the args of the stored weights"):
+        check_size(None, {}, most=whole // 2)  # it is counted

@@ -63,6 +63,7 @@ def test_hutchinson_finds_the_hessians_diagonal_of_a_layer(tiny, batches) -> Non
     assert (exact < 0).any()  # away from a minimum the diagonal has both signs
 
 
+@pytest.mark.slow
 def test_drawn_labels_give_the_gauss_newton_diagonal(tiny, batches) -> None:
     vit = tiny()
     vit.use_fused_attention(False)

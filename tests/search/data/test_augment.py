@@ -86,6 +86,7 @@ def _excess(counts: np.ndarray) -> float:
     return (chi2 - freedom) / np.sqrt(2 * freedom)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", [1, 4, 28])
 def test_all_views_are_equally_likely_over_images_and_over_epochs(padding: int) -> None:
     choices = 2 * padding + 1

@@ -192,6 +192,7 @@ def test_cuts_cost_less_after_an_elastic_start(sweep: Sweep, tmp_path: Path) -> 
     assert run.report["seconds"] > 0.0
 
 
+@pytest.mark.slow
 def test_a_run_is_found_again_and_anything_decisive_changes_its_name(
     sweep: Sweep, sweep_file: Path, tmp_path: Path
 ) -> None:
@@ -282,6 +283,7 @@ def test_an_interrupted_run_goes_on_bit_by_bit(
     assert [path.suffix for path in (tmp_path / "b").iterdir()] == [""]
 
 
+@pytest.mark.slow
 def test_a_run_that_died_while_it_wrote_is_not_taken_for_whole(
     sweep: Sweep, tmp_path: Path
 ) -> None:

@@ -49,6 +49,7 @@ def histories(draw: st.DrawFn) -> list[TrialRecord]:
     return records
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(records=histories())
 def test_it_is_the_front_of_all_records_after_each(records: list[TrialRecord]) -> None:

@@ -100,6 +100,7 @@ def test_a_sweep_is_one_page(directory: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["report.html"]
 
 
+@pytest.mark.slow
 def test_the_verb_writes_the_page(
     directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -260,6 +260,7 @@ def test_what_failed_is_told_as_failed(proposer) -> None:
     assert p.told == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["random", "nsga2"])
 def test_no_trial_stays_running(sampler: str, proposer) -> None:
     # Heads and tokens alone: half of what is sampled costs more or less than is asked for.
@@ -305,6 +306,7 @@ def test_what_violates_a_constraint_is_not_on_the_front(proposer) -> None:
     assert [t.number for t in p.study.best_trials] == [1, 2, 4]  # Optuna agrees, but for the last
 
 
+@pytest.mark.slow
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=12))
 def test_the_front_is_what_none_of_all_that_was_told_beats(

@@ -136,6 +136,7 @@ def test_an_upload_that_broke_off_goes_on(world: World) -> None:
     sweep.check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True])
 def test_what_mlflow_refuses_is_tried_again(
     after: bool, world: World, monkeypatch: pytest.MonkeyPatch

@@ -99,6 +99,7 @@ json.dump(found["logits"].tolist(), sys.stdout)
 """
 
 
+@pytest.mark.slow
 def test_it_loads_where_neither_this_project_nor_torch_is(made: Made, tmp_path: Path) -> None:
     images = np.random.default_rng(0).normal(size=(3, 3, 24, 16)).astype(np.float32)
     np.save(tmp_path / "images.npy", images)

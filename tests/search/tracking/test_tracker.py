@@ -144,6 +144,7 @@ def test_a_sweep_that_cannot_be_logged_says_how_it_goes_on(tracker: Tracker) -> 
         tracker.finish(FRONT, [DENSE, FIRST], seconds=0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["set_tag", "log_dict"])
 def test_a_front_is_shown_whole_however_often_that_fails(method: str, tracker: Tracker) -> None:
     client = tracker.runs.client
