@@ -123,6 +123,28 @@ def watched() -> None:
     reads, and how large the configurations of its trials are.
     """
     AfterImport("search.data.splits", _watch)
+    AfterImport("search.trial.training", _watch_training)
+
+
+def _note(what: str, **values: object) -> None:
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+    line = {"what": what, "node": node, "process": os.getpid(), "time": time.time(), **values}
+    with (Path(os.environ["GPU_NOTES"]) / f"{os.getpid()}.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _watch_training() -> None:
+    from search.trial.training import Training
+
+    train = Training.__init__
+
+    def training(one: Training, context: Any, config: TrialConfig, *others: Any) -> None:
+        _note("trial", learned=config.learned, bytes=len(json.dumps(config.to_json())))
+        train(one, context, config, *others)
+
+    Training.__init__ = training  # type: ignore[method-assign]
 
 
 def _watch() -> None:
@@ -131,23 +153,16 @@ def _watch() -> None:
 
     from pruners.families.learned import Learned
     from search.data import images, splits
-    from search.trial import trial_files
 
     notes = Path(os.environ["GPU_NOTES"])
     device_of, decode_to, load = splits.trial_device, images.write_decoded, Learned.load
-
-    def note(what: str, **values: object) -> None:
-        node = ray.get_runtime_context().get_node_id()
-        line = {"what": what, "node": node, "process": os.getpid(), "time": time.time(), **values}
-        with (notes / f"{os.getpid()}.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
 
     def device(sweep: Sweep) -> torch.device:
         context = ray.get_runtime_context()
         os.environ["XDG_CACHE_HOME"] = str(notes / context.get_node_id())
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         is_actor = context.get_actor_id() is not None
-        note("device", gpus=seen, is_actor=is_actor)
+        _note("device", gpus=seen, is_actor=is_actor)
         if is_actor and "MEET" in os.environ:
             meet()
         return device_of(sweep)
@@ -161,19 +176,13 @@ def _watch() -> None:
             time.sleep(0.1)
 
     def decode(path: Path, *others: Any) -> None:
-        note("decode", file=path.name)
+        _note("decode", file=path.name)
         decode_to(path, *others)
 
     def loaded(path: Path) -> Learned:
-        note("scores", path=str(path))
+        _note("scores", path=str(path))
         return load(path)
-
-    class Files(trial_files.TrialFiles):
-        def __init__(self, directory: Path, config: TrialConfig) -> None:
-            note("trial", learned=config.learned, bytes=len(json.dumps(config.to_json())))
-            super().__init__(directory, config)
 
     splits.trial_device = device
     images.write_decoded = decode
     Learned.load = loaded  # type: ignore[method-assign, assignment]
-    trial_files.TrialFiles = Files  # type: ignore[misc]
