@@ -15,6 +15,7 @@ from tests.sweeps import write_sweep
 
 # Servers of MLflow would start seven more processes for jobs that nothing here asks for.
 os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of drivers: two processes of tests share the cores
 
 DEAR = {"ray_session", "cluster", "demo", "made"}
 """Fixtures that start Ray, or export a model: whoever uses them is slow."""
