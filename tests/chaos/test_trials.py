@@ -81,8 +81,7 @@ def test_a_trial_whose_node_is_full_takes_smaller_parts(faulty: Faulty) -> None:
     memory = psutil.virtual_memory()
     full = (memory.total - memory.available + 4e9) / memory.total
     limits = {"RAY_memory_usage_threshold": f"{full:.3f}", "RAY_memory_monitor_refresh_ms": "50"}
-    own = {**faulty.environment, **limits, "GPU_NOTES": str(folder)}
-    del own["RAY_ADDRESS"]
+    own = {**faulty.environment, **limits, "GPU_NOTES": str(folder), "RAY_ADDRESS": "local"}
     hooked = ("tests.chaos.driver", "fill_the_node")
     one = dataclasses.replace(faulty, driver=hooked, environment=own)
     sets = ["data.batch_size=32", "trials=3", "halving=false", "max_failures=9"]
