@@ -15,15 +15,16 @@ from tests.sweeps import write_sweep
 
 # Servers of MLflow would start seven more processes for jobs that nothing here asks for.
 os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of drivers: two processes of tests share the cores
 
-STARTS = {"ray_session", "cluster", "demo"}
-"""Fixtures that start Ray: whoever uses them is slow."""
+DEAR = {"ray_session", "cluster", "demo", "made"}
+"""Fixtures that start Ray, or export a model: whoever uses them is slow."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let files with slow tests begin first, so that two processes end together."""
     for item in items:
-        if STARTS & set(getattr(item, "fixturenames", ())):
+        if DEAR & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)

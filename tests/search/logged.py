@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+import tempfile
 from collections.abc import Iterable
+from contextlib import closing
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from mlflow.tracking import MlflowClient
 
 from search.records.trial_record import TrialRecord
 from search.sweep.spec import Budget, DataSpec, ModelSpec, StepSpec, Sweep
@@ -62,5 +68,21 @@ def tracked(directory: Path, tracking: str | None = None) -> Sweep:
     )
 
 
+@cache
+def _empty_store() -> Path:
+    """A store of MLflow's with its tables, which take a second to make."""
+    path = Path(tempfile.mkdtemp()) / "mlflow.db"
+    MlflowClient(tracking_uri=f"sqlite:///{path}").search_experiments()
+    return path
+
+
 def opened(directory: Path) -> SweepRuns:
+    """As a driver that starts, or starts again; the first finds a store without experiments."""
+    store = directory / "mlflow.db"
+    if not store.exists():
+        with (
+            closing(sqlite3.connect(_empty_store())) as one,
+            closing(sqlite3.connect(store)) as copy,
+        ):
+            one.backup(copy)
     return SweepRuns.open(tracked(directory), TINY_SHAPE)

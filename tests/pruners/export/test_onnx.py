@@ -49,6 +49,7 @@ def test_onnx_file_is_one_and_says_what_it_takes(tiny, tmp_path) -> None:
     assert difference == pytest.approx(0.25, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_model_stays_as_it_is(tiny) -> None:
     vit = tiny(drop_path_rate=0.5).train()
     vit.use_fused_attention(False)
