@@ -87,7 +87,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
     raise AssertionError("nothing in a minute")
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_trial_saves_itself_when_its_worker_is_stopped(
     worker: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:

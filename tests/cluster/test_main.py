@@ -71,6 +71,7 @@ def test_a_sweep_is_submitted_followed_and_shown(laptop: dict[str, str], sweep_f
     assert (unknown.returncode, "knows no sweep 'nobody'" in unknown.stderr) == (2, True)
 
 
+@pytest.mark.chaos
 def test_a_sweep_is_stopped_and_goes_on(laptop: dict[str, str], sweep_file: Path) -> None:
     sets = ["--set", "trials=4", "epochs=2", "data.batch_size=1", "--no-install"]
     done = call(laptop, "submit", str(sweep_file), *sets)

@@ -43,7 +43,7 @@ def test_a_sweep_runs_where_a_folder_has_our_name(installed: Installed, tmp_path
     )
     found = installed.call("python", "-Pc", code, cwd=here)
     assert [Path(file).parents[1] for file in found.stdout.split()] == [installed.packages] * 3
-    sets = ["--set", "trials=2", "ladder=1"]
+    sets = ["--set", "trials=2", "ladder=1", "resources.cpu=2"]  # one process at a time
     done = installed.call("prunefront", "run", str(sweep), *sets, cwd=here, limit=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "[2/2] " in done.stdout

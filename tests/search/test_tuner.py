@@ -140,6 +140,7 @@ def test_a_sweep_from_command_to_front(
     assert {"model.safetensors", "shape.json", "model.pt2", "model.onnx"} < set(os.listdir(out))
 
 
+@pytest.mark.chaos
 def test_trials_that_fail_are_told_and_never_enter_the_front(
     sweep_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,6 +177,7 @@ def test_more_than_the_cluster_has_is_refused(
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.chaos
 def test_ctrl_c_ends_cleanly_and_the_same_command_continues(sweep_file: Path) -> None:
     directory = sweep_file.parent / "results" / "tiny"
     command = [sys.executable, "-m", "search", "run", str(sweep_file), "--set", "trials=6"]
