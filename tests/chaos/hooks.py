@@ -135,6 +135,15 @@ def _note(what: str, **values: object) -> None:
         file.write(json.dumps(line) + "\n")
 
 
+def _meet() -> None:
+    """Wait for another process that trains: how fast Ray starts one does not matter then."""
+    notes, deadline = Path(os.environ["GPU_NOTES"]), time.monotonic() + 60
+    while sum('"what": "trial"' in p.read_text() for p in notes.glob("*.jsonl")) < 2:
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.1)
+
+
 def _watch_training() -> None:
     from search.trial.training import Training
 
@@ -142,6 +151,8 @@ def _watch_training() -> None:
 
     def training(one: Training, context: Any, config: TrialConfig, *others: Any) -> None:
         _note("trial", learned=config.learned, bytes=len(json.dumps(config.to_json())))
+        if "MEET" in os.environ:
+            _meet()
         train(one, context, config, *others)
 
     Training.__init__ = training  # type: ignore[method-assign]
@@ -163,17 +174,7 @@ def _watch() -> None:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         is_actor = context.get_actor_id() is not None
         _note("device", gpus=seen, is_actor=is_actor)
-        if is_actor and "MEET" in os.environ:
-            meet()
         return device_of(sweep)
-
-    def meet() -> None:
-        """Wait for another process that trains: how fast Ray starts one does not matter then."""
-        deadline = time.monotonic() + 60
-        while sum('"is_actor": true' in p.read_text() for p in notes.glob("*.jsonl")) < 2:
-            if time.monotonic() > deadline:
-                return
-            time.sleep(0.1)
 
     def decode(path: Path, *others: Any) -> None:
         _note("decode", file=path.name)

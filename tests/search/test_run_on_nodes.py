@@ -67,10 +67,14 @@ def of(notes: Notes, what: str) -> Notes:
 
 
 def trainers(notes: Notes) -> dict[int, tuple[str, str]]:
-    """Process -> node and GPUs, of those that train trials."""
+    """Process -> node and GPUs, of those that train trials.
+
+    Ray Tune may start an actor more, for a trial that one which has become free takes meanwhile.
+    """
     found = {n["process"]: (n["node"], n["gpus"]) for n in of(notes, "device") if n["is_actor"]}
-    assert {n["process"] for n in of(notes, "trial")} == found.keys()
-    return found
+    trained = {n["process"] for n in of(notes, "trial")}
+    assert trained <= found.keys()
+    return {process: found[process] for process in found if process in trained}
 
 
 def losses(nodes: Faulty, name: str) -> dict[str, list[float]]:
