@@ -17,6 +17,8 @@ from search.tracking.runs import SweepRuns
 from tests.cluster.memory import Memory, finish
 from tests.search.logged import TINY_SHAPE, tracked
 
+pytestmark = pytest.mark.slow  # stores of MLflow are opened for real
+
 NOON = datetime(2026, 11, 25, 12, tzinfo=UTC)
 HOUR, MINUTE = timedelta(hours=1), timedelta(minutes=1)
 
@@ -41,7 +43,6 @@ def schedule(request: pytest.FixtureRequest) -> Schedule:
     return Schedule(name=name, cron="0 * * * *", zone="UTC", sweep=Path("s.toml"))
 
 
-@pytest.mark.slow
 def test_nothing_is_recorded_at_first(slots: Slots | Memory, schedule: Schedule) -> None:
     assert slots.record(schedule) == Record()
     assert slots.last_finished(schedule) is None
@@ -222,7 +223,6 @@ sys.exit(max(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(6)))
 """
 
 
-@pytest.mark.slow
 def test_of_many_processes_one_claims(uri: str) -> None:
     Slots(uri)  # makes the tables
     done = subprocess.run(

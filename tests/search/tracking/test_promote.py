@@ -21,6 +21,8 @@ from tests.processes import BIN, free_port
 from tests.search.made import Made
 from tests.search.store import Sweep, World
 
+pytestmark = pytest.mark.slow  # stores of MLflow are opened for real
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
@@ -195,7 +197,6 @@ def answers(url: str) -> bool:
         return False
 
 
-@pytest.mark.slow
 def test_what_is_approved_is_served_by_the_command_that_is_printed(
     made: Made, tmp_path: Path, world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,8 @@ from search.tracking.tracker import Tracker
 from tests.search.flaky import flaky
 from tests.search.store import DENSE, DIGESTS, Sweep, World
 
+pytestmark = pytest.mark.slow  # stores of MLflow are opened for real
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
@@ -97,7 +99,6 @@ class Mortal:
         return call
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True])
 def test_a_driver_may_die_at_any_call(after: bool, world: World) -> None:
     died = 0
@@ -136,7 +137,6 @@ def test_an_upload_that_broke_off_goes_on(world: World) -> None:
     sweep.check()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True])
 def test_what_mlflow_refuses_is_tried_again(
     after: bool, world: World, monkeypatch: pytest.MonkeyPatch

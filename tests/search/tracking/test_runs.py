@@ -18,6 +18,8 @@ from search.tracking.runs import SweepRuns
 from tests.search.logged import SHAPE, TINY_SHAPE, asked, ended, epoch, log, opened, tracked
 from tests.search.trial_records import DENSE, record
 
+pytestmark = pytest.mark.slow  # stores of MLflow are opened for real
+
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -60,7 +62,6 @@ def runs(client: MlflowClient, query: str = "", experiment: str = "my-sweep0") -
     return {r.info.run_name: r for r in client.search_runs([experiment.experiment_id], query)}
 
 
-@pytest.mark.slow
 def test_a_parent_and_its_children(client: MlflowClient) -> None:
     found = runs(client)
     assert len(found) == 6
@@ -147,7 +148,6 @@ ALL = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("noted", [False, True])
 @pytest.mark.parametrize("place", range(len(ALL)))
 def test_what_was_logged_without_a_note_is_not_logged_again(

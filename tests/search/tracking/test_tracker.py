@@ -19,6 +19,8 @@ from tests.search.flaky import flaky
 from tests.search.logged import SHAPE, asked, ended, epoch, opened
 from tests.search.trial_records import record
 
+pytestmark = pytest.mark.slow  # stores of MLflow are opened for real
+
 DENSE = dataclasses.replace(trial_records.DENSE, shape=SHAPE)
 FIRST = record("0001", 0.6, 60.0, shape=SHAPE)
 FRONT = build_front([DENSE, FIRST], "effective_gmacs")
@@ -144,7 +146,6 @@ def test_a_sweep_that_cannot_be_logged_says_how_it_goes_on(tracker: Tracker) -> 
         tracker.finish(FRONT, [DENSE, FIRST], seconds=0.3)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["set_tag", "log_dict"])
 def test_a_front_is_shown_whole_however_often_that_fails(method: str, tracker: Tracker) -> None:
     client = tracker.runs.client
