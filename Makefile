@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := build/lowest
-# On two slow cores: quick 90 s, before each commit; test 8 minutes; chaos 8 minutes; fuzz 4, each night.
+# Goals on two slow cores: quick 90 s, before each commit; test and chaos 8 minutes each. CONTRIBUTING.md has what was measured.
 QUICK := -m "not slow and not chaos and not gpu"
 TWO := --numprocesses 2 --dist loadfile --durations 30 --durations-min 5
 
