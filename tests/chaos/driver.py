@@ -13,7 +13,7 @@ from search.__main__ import main
 if __name__ == "__main__":
     hook, *arguments = sys.argv[1:]
     passed = {"PYTHONPATH": str(Path(__file__).parents[2])}
-    passed |= {name: os.environ[name] for name in ("GPU_NOTES",) if name in os.environ}
+    passed |= {name: os.environ[name] for name in ("GPU_NOTES", "MEET") if name in os.environ}
     environment = {"worker_process_setup_hook": f"tests.chaos.hooks.{hook}", "env_vars": passed}
     ray.init(runtime_env=environment, log_to_driver=False, logging_level="ERROR")
     sys.exit(main(arguments))
