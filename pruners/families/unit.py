@@ -15,6 +15,7 @@ from pruners.families.allocation import rank_globally
 from pruners.families.options import option
 from pruners.families.pruner import Pruner
 from pruners.model.attention import Attention
+from pruners.model.compensation import Uncut, compensate
 from pruners.model.ranking import cut_attention, cut_mlp, highest, slice_scores
 from pruners.model.shape import BlockShape, ViTShape, units_kept
 from pruners.model.sites import RAGGED, WHOLE, kind_of, ragged_site, unit_sites
@@ -25,7 +26,7 @@ from pruners.model.surgery import (
     remove_attention,
     remove_mlp,
 )
-from pruners.model.types import Scores, Thresholds
+from pruners.model.types import Batches, Scores, Thresholds
 from pruners.model.vit import ViT
 
 
@@ -50,6 +51,8 @@ class UnitPruner(Pruner, abc.ABC):
     Attributes:
         units: The kinds of units this step may cut.
         multiple: What the numbers of dims, neurons and channels that stay are rounded to.
+        compensate: Whether the weights that stay are solved anew, so that they take over what those
+            that went have said (`pruners.model.compensation`); it takes calibration images.
     """
 
     family: ClassVar[str] = "unit"
@@ -57,6 +60,7 @@ class UnitPruner(Pruner, abc.ABC):
 
     units: tuple[str, ...] = ("head", "neuron")
     multiple: int = option(1, low=1)
+    compensate: bool = True
 
     def __post_init__(self) -> None:
         """Check also that the kinds of units fit the method and each other."""
@@ -150,6 +154,27 @@ class UnitPruner(Pruner, abc.ABC):
                 remove_mlp(block)
             elif block.mlp is not None:
                 cut_mlp(block, shape, scores, f"blocks.{index}.mlp")
+
+    def prune(self, vit: ViT, batches: Batches, thresholds: Thresholds) -> None:
+        """Score, cut, and compensate what stays, in place."""
+        uncut = self.cut_scored(vit, self.score(vit, batches), thresholds)
+        if uncut is not None:
+            compensate(vit, uncut, batches)
+
+    def cut_scored(self, vit: ViT, scores: Scores, thresholds: Thresholds) -> Uncut | None:
+        """Cut in place; return what the model was, if what stays is to be compensated."""
+        uncut = None
+        if self.compensate:
+            before, after = vit.shape().blocks, self.shrink(vit.shape(), thresholds).blocks
+            uncut = Uncut.of(
+                vit,
+                lambda marks: self.cut(marks, scores, thresholds),
+                narrows_queries=any(
+                    0 < b.qk_dim < a.qk_dim for a, b in zip(before, after, strict=True)
+                ),
+            )
+        self.cut(vit, scores, thresholds)
+        return uncut
 
 
 def check_scores(pruner: Pruner, shape: ViTShape, scores: Scores, thresholds: Thresholds) -> None:
