@@ -1,0 +1,147 @@
+"""What a unit cut is worth before any training, with what stays solved anew and without, and after.
+
+    python tests/benchmarks/unit_cuts.py [--train T --test T --images 8000 --epochs 3] [--tuned ...]
+
+The sample's ViT, heads and neurons, with 512 calibration images of the seed. Top-1 in percent on the
+sample's 1,000 validation images, and on the images of --test if they are given; mean and largest
+deviation over the seeds. Rows of --tuned are fine-tuned too, all by the same recipe.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+
+import torch
+from torch import Tensor
+from tuning import SAMPLE, SPEC, Tuning, arguments, cell, dense_model, tune, tuning_of
+
+from pruners import cost_of, load_method
+from pruners.families.unit import UnitPruner
+from pruners.model.compensation import compensate
+from pruners.training.evaluation import evaluate
+from search.data.images import open_images
+
+METHODS: dict[str, tuple[str, dict[str, object]]] = {
+    "magnitude": ("grouped", {"criterion": "magnitude"}),
+    "taylor": ("grouped", {"criterion": "taylor"}),
+    "fisher": ("grouped", {"criterion": "fisher"}),
+    "cap": ("grouped", {"criterion": "cap"}),
+    "surgeon": ("surgeon", {}),
+    "surgeon, drawn labels": ("surgeon", {"labels": "drawn"}),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One cut.
+
+    Attributes:
+        macs: Share of the dense model's.
+        sample: Untuned top-1 on the sample's validation images.
+        untuned: The same on the images of --test.
+        val: Tuned, on the validation images of fine-tuning.
+        test: Tuned, on its test images.
+        scoring: Seconds.
+        solving: Seconds.
+    """
+
+    macs: float
+    sample: float
+    untuned: float
+    val: float = float("nan")
+    test: float = float("nan")
+    scoring: float = 0.0
+    solving: float = 0.0
+
+
+def calibration(tuning: Tuning, count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    batches = open_images(tuning.train, SPEC).batches(64, seed=seed, augment=False)
+    return [batch for _, batch in zip(range(count // 64), batches, strict=False)]
+
+
+def top1(vit: torch.nn.Module, source: str) -> float:
+    return evaluate(vit, open_images(source, SPEC).batches(250, seed=None, augment=False)).top1
+
+
+def measure(
+    name: str, seed: int, tuning: Tuning, count: int, budgets: Iterable[float], tuned: bool
+) -> list[tuple[str, float, bool, Row]]:
+    """Cut at each budget, with the solve and without."""
+    torch.set_num_threads(1)
+    kind, options = METHODS[name]
+    method, batches, dense = (
+        load_method(kind, **options),
+        calibration(tuning, count, seed),
+        dense_model(),
+    )
+    assert isinstance(method, UnitPruner)
+    start = time.perf_counter()
+    scores = method.score(dense, batches)
+    scoring, macs, found = time.perf_counter() - start, cost_of(dense.shape()).macs, []
+    for budget in budgets:
+        shares = method.allocate(dense.shape(), scores, budget * macs)
+        for solved in (False, True):
+            vit = dense_model()
+            uncut = replace(method, compensate=solved).cut_scored(vit, scores, shares)
+            start = time.perf_counter()
+            if uncut is not None:
+                compensate(vit, uncut, batches)
+            solving = time.perf_counter() - start
+            row = Row(
+                macs=cost_of(vit.shape()).macs / macs,
+                sample=top1(vit, str(SAMPLE / "val.parquet")),
+                untuned=top1(vit, tuning.test),
+                scoring=scoring,
+                solving=solving,
+            )
+            if tuned:
+                after = tune(vit, dense, seed, tuning)
+                row = replace(row, val=after.val, test=after.test)
+            found.append((name, budget, solved, row))
+    return found
+
+
+def table(rows: list[tuple[str, float, bool, Row]]) -> Iterator[str]:
+    yield "| score | MACs | solved | sample | test | tuned: val | tuned: test | scoring, solving, s |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for name, budget, solved in dict.fromkeys(row[:3] for row in rows):
+        own = [row for *key, row in rows if key == [name, budget, solved]]
+        cells = [cell([getattr(r, k) for r in own]) for k in ("sample", "untuned", "val", "test")]
+        seconds = [statistics.fmean(getattr(r, k) for r in own) for k in ("scoring", "solving")]
+        share = statistics.fmean(r.macs for r in own)
+        cells = [name, f"{share:.3f}x", "yes" if solved else "no", *cells]
+        yield f"| {' | '.join(cells)} | {seconds[0]:.1f}, {seconds[1]:.1f} |"
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--tuned", nargs="*", default=[], help="methods that are fine-tuned too")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.49, 0.29])
+    parser.add_argument("--calibration", type=int, default=512, help="images")
+    args = parser.parse_args()
+    tuning, rows, start = tuning_of(args), [], time.perf_counter()
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        pending = [
+            pool.submit(
+                measure, name, seed, tuning, args.calibration, args.budgets, name in args.tuned
+            )
+            for name in args.methods
+            for seed in args.seeds
+        ]
+        for future in as_completed(pending):
+            rows += future.result()
+            for row in future.result():
+                print(f"{time.perf_counter() - start:6.0f} s  {row}", flush=True)
+    order = {name: i for i, name in enumerate(METHODS)}
+    rows.sort(key=lambda row: (order[row[0]], -row[1], row[2]))
+    print("\n".join(table(rows)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
