@@ -99,7 +99,8 @@ def _state(vit: ViT) -> dict[str, Tensor]:
 def _script(vit: ViT) -> str:
     assert vit.arch is not None
     name, kept = vit.arch["name"], _kept(vit)
-    args = {key: value for key, value in vit.arch["args"].items() if key != "depth"}
+    own = {"depth", "embed_dim"}
+    args = {key: value for key, value in vit.arch["args"].items() if key not in own}
     return SCRIPT_TEXT.format(
         version=timm.__version__,
         imports="import timm\n" if name is not None else "",
@@ -151,7 +152,7 @@ def block(depth, **args):
     return Block(depth=depth, **args)
 
 
-vit = {build}{args}depth=len(BLOCKS), block_fn=block)
+vit = {build}{args}embed_dim=DIM, depth=len(BLOCKS), block_fn=block)
 vit.load_state_dict(load_file(Path(__file__).with_name("{weights}")), strict=True)
 vit.eval()
 '''

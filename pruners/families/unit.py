@@ -1,23 +1,24 @@
-"""The unit family: heads, head dims, MLP neurons, written channels and whole branches go."""
+"""The unit family: heads, head dims, neurons, channels, written channels, whole branches go."""
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from pruners.families.allocation import rank_globally
+from pruners.families.allocation import out_of_reach, rank_globally, smallest
 from pruners.families.options import option
 from pruners.families.pruner import Pruner
 from pruners.model.attention import Attention
+from pruners.model.cost import cost_of
 from pruners.model.ranking import cut_attention, cut_mlp, highest, slice_scores
 from pruners.model.shape import BlockShape, ViTShape, units_kept
-from pruners.model.sites import RAGGED, WHOLE, kind_of, ragged_site, unit_sites
+from pruners.model.sites import RAGGED, WHOLE, WIDTH, kind_of, ragged_site, unit_sites
 from pruners.model.surgery import (
     keep_attention_writes,
     keep_ragged_dims,
@@ -27,6 +28,10 @@ from pruners.model.surgery import (
 )
 from pruners.model.types import Scores, Thresholds
 from pruners.model.vit import ViT
+from pruners.model.width import keep_width, narrowed, writes_everywhere
+
+WIDTH_PART = 0.5
+"""Exponent of a budget that the width reaches alone; heads, neurons, ... reach the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +49,9 @@ class UnitPruner(Pruner, abc.ABC):
     - `blocks.<i>.attn.attn_out` [D] and `blocks.<i>.mlp.mlp_out` [D]: residual channels that the
       branch no longer writes to;
     - `blocks.<i>.block` [1]: with a threshold of 1 both branches go, with a smaller one none.
+
+    And one for the whole network: `width` [D], the channels of the residual stream, which are
+    removed everywhere at once. There is none where branches write to some channels only.
 
     Where q and k are normalised over a head's width, their dims stay and only v's go.
 
@@ -75,6 +83,12 @@ class UnitPruner(Pruner, abc.ABC):
                 f"give {alone[0]!r} without other dims"
                 + (" or heads" if alone[0] in RAGGED else "")
             )
+        writes = [unit for unit in self.units if unit.endswith("_out")]
+        if WIDTH in self.units and writes:
+            raise ValueError(
+                f"option units of {self.name} is {list(self.units)}; give {WIDTH!r} without "
+                f"{writes[0]!r}, which counts the channels that it cuts"
+            )
 
     @classmethod
     def kinds(cls) -> tuple[str, ...]:
@@ -83,7 +97,8 @@ class UnitPruner(Pruner, abc.ABC):
 
     def sites(self, shape: ViTShape) -> dict[str, int]:
         """Return the sites of the wanted kinds and their number of units (of dims: per head)."""
-        return {
+        width = WIDTH in self.units and writes_everywhere(shape)
+        return ({WIDTH: shape.dim} if width else {}) | {
             site: count
             for index, block in enumerate(shape.blocks)
             for kind in self.units
@@ -96,6 +111,11 @@ class UnitPruner(Pruner, abc.ABC):
         Raises:
             ValueError: For an unknown site or a share out of range.
         """
+        if WIDTH in thresholds and WIDTH in self.units and not writes_everywhere(shape):
+            raise ValueError(
+                f"threshold of {WIDTH!r} is given for a network whose branches write to some "
+                "channels only; cut the width before what branches write"
+            )
         super().check(shape, thresholds)
         for site, share in thresholds.items():
             if share == 1.0 and kind_of(site) not in WHOLE:
@@ -107,6 +127,7 @@ class UnitPruner(Pruner, abc.ABC):
     def shrink(self, shape: ViTShape, thresholds: Thresholds) -> ViTShape:
         """Return the shape with fewer units."""
         self.check(shape, thresholds)
+        shape = narrowed(shape, units_kept(shape.dim, thresholds.get(WIDTH, 0.0), self.multiple))
         blocks, nonzero = [], dict(shape.nonzero)
         for index, block in enumerate(shape.blocks):
             kept = dict(_units_kept(self, shape, block, index, thresholds))
@@ -124,15 +145,30 @@ class UnitPruner(Pruner, abc.ABC):
         return dataclasses.replace(shape, blocks=tuple(blocks), nonzero=nonzero)
 
     def allocate(self, shape: ViTShape, scores: Scores, macs: float) -> Thresholds:
-        """Rank all units of all sites together, by score per MAC."""
+        """Rank all units of all sites together, by score per MAC; the width comes before.
+
+        Scores of a channel and of a head or a neuron do not compare (isomorphic pruning, Fang et
+        al., 2024, arXiv:2407.04616), so channels are ranked among themselves, and how many go is
+        no matter of scores: of a budget of r times the cost the width reaches r^`WIDTH_PART`.
+        """
         steps = {site: slice_scores(scores[site]) for site in self.sites(shape)}
-        return rank_globally(shape, steps, lambda shares: self.shrink(shape, shares), macs)
+        if steps.pop(WIDTH, None) is None:
+            return rank_globally(shape, steps, lambda shares: self.shrink(shape, shares), macs)
+        width = {WIDTH: _width_share(self, shape, steps, macs)}
+        if not steps:
+            return width
+        narrow = self.shrink(shape, width)
+        return width | rank_globally(
+            narrow, steps, lambda shares: self.shrink(narrow, shares), macs
+        )
 
     def cut(self, vit: ViT, scores: Scores, thresholds: Thresholds) -> None:
         """Remove the units of lowest score: heads before the dims of the heads that stay."""
         before = vit.shape()
         target = self.shrink(before, thresholds)
         check_scores(self, before, scores, thresholds)
+        if target.dim < before.dim:  # first: what is masked or left unwritten has its final shape
+            keep_width(vit, highest(scores[WIDTH], target.dim))
         for index, (block, shape) in enumerate(zip(vit.blocks, target.blocks, strict=True)):
             if block.attn is not None and shape.heads == 0:
                 remove_attention(block)
@@ -164,6 +200,33 @@ def check_scores(pruner: Pruner, shape: ViTShape, scores: Scores, thresholds: Th
                 f"{pruner.name} has scores of {scores[site].shape[-1]} units at {site}, which has "
                 f"{units}; give scores of this network"
             )
+
+
+def _width_share(
+    pruner: UnitPruner, shape: ViTShape, others: Collection[str], macs: float
+) -> float:
+    """Return the smallest share of the width that leaves a budget to the other sites.
+
+    It is the whole budget where there are none, and otherwise what they can still reach.
+
+    Raises:
+        ValueError: If a single channel is above the budget.
+    """
+    sites = pruner.sites(shape)
+    least = {site: (sites[site] - 1) / sites[site] for site in others}
+    before = cost_of(shape).effective_macs
+    target = before * min(1.0, macs / before) ** (WIDTH_PART if least else 1.0)
+
+    def reaches(channels: int) -> bool:
+        width = {WIDTH: channels / shape.dim}
+        alone, together = (cost_of(pruner.shrink(shape, s)) for s in (width, width | least))
+        return alone.effective_macs <= target and together.effective_macs <= macs
+
+    channels = smallest(shape.dim - 1, reaches)
+    if channels is None:
+        width = {WIDTH: (shape.dim - 1) / shape.dim}
+        raise out_of_reach(macs, pruner.shrink(shape, width | least))
+    return channels / shape.dim
 
 
 _FIELDS = {

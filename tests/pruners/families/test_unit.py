@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from pruners import cost_of
-from pruners.families.unit import UnitPruner
-from pruners.model.sites import KINDS
+from pruners import Plan, Step, cost_of, load_method
+from pruners.families.unit import WIDTH_PART, UnitPruner
+from pruners.model.sites import KINDS, block_of
+from pruners.model.width import narrowed
 from tests.models import VARIANTS, images_for
 
 
@@ -23,8 +25,8 @@ class RandomUnits(UnitPruner):
         shape, scores = vit.shape(), {}
         for site, units in self.sites(shape).items():
             per_head = site.endswith("dim") and "heads" not in site
-            heads = shape.blocks[int(site.split(".")[1])].heads
-            scores[site] = torch.rand(heads, units) if per_head else torch.rand(units)
+            size = (shape.blocks[block_of(site)].heads, units) if per_head else (units,)
+            scores[site] = torch.rand(size)
         return scores
 
 
@@ -37,6 +39,9 @@ class RandomUnits(UnitPruner):
         ("head", "dim", "attn_out", "mlp_out"),
         ("ragged_dim", "attn_out"),
         ("ragged_v_dim", "neuron"),
+        ("width",),
+        ("head", "dim", "neuron", "width"),
+        ("ragged_dim", "width", "block"),
     ],
 )
 def test_the_cut_gives_the_predicted_shape(units, variant: str, multiple: int, tiny) -> None:
@@ -62,6 +67,70 @@ def test_overlapping_kinds_are_refused() -> None:
     for units in (("dim", "v_dim"), ("head", "ragged_dim"), ("ragged_dim", "ragged_v_dim")):
         with pytest.raises(ValueError, match="whose head dims overlap"):
             RandomUnits(units=units)
+
+
+def test_the_width_goes_before_what_branches_write(tiny) -> None:
+    with pytest.raises(ValueError, match="give 'width' without 'mlp_out'"):
+        RandomUnits(units=("width", "mlp_out"))
+    vit, width = tiny(), RandomUnits(units=("width", "neuron"))
+    writes = RandomUnits(units=("attn_out",))
+    both = Plan(
+        steps=(
+            Step(pruner=width, thresholds={"width": 0.5}),
+            Step(pruner=writes, thresholds={"blocks.1.attn.attn_out": 0.25}),
+        )
+    )
+    both.apply(vit)
+    assert (vit.shape().dim, vit.shape().blocks[1].attn_out) == (12, 9)
+    assert "width" not in width.sites(vit.shape())
+    with pytest.raises(ValueError, match="'width' is given for a network whose branches write to"):
+        width.shrink(vit.shape(), {"width": 0.5})
+    assert width.shrink(vit.shape(), {"blocks.0.mlp.neuron": 0.5}).blocks[0].hidden == 48
+
+
+def test_one_channel_at_least_stays(tiny) -> None:
+    shape, width = tiny().shape(), RandomUnits(units=("width",))
+    assert width.sites(shape) == {"width": 24}
+    assert width.shrink(shape, {"width": 0.99}).dim == 1
+    with pytest.raises(ValueError, match="threshold of width is 1; give a share below 1"):
+        width.shrink(shape, {"width": 1.0})
+    for name in ("x_pruner", "wdpruning", "uvc", "vit_slim", "cait_channels"):
+        with pytest.raises(ValueError, match=rf"units of {name} is \['width'\]; give some of"):
+            load_method(name, units=["width"])
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+@pytest.mark.parametrize("ratio", [0.9, 0.5, 0.2])
+def test_the_width_reaches_its_part_of_a_budget(ratio: float, multiple: int, tiny) -> None:
+    shape, budget = tiny().shape(), ratio * cost_of(tiny().shape()).effective_macs
+    pruner = RandomUnits(units=("head", "neuron", "width"), multiple=multiple)
+    shares = pruner.allocate(shape, pruner.score(tiny(), []), budget)
+    cut = pruner.shrink(shape, shares)
+    assert cost_of(cut).effective_macs <= budget
+    dim = pruner.shrink(shape, {"width": shares["width"]}).dim
+
+    def alone(dim: int) -> float:
+        return cost_of(narrowed(shape, dim)).macs / cost_of(shape).macs
+
+    assert alone(dim) <= ratio**WIDTH_PART < alone(dim + multiple)
+    only = dataclasses.replace(pruner, units=("width",))
+    (share,) = only.allocate(shape, {"width": torch.rand(24)}, budget).values()
+    dim = only.shrink(shape, {"width": share}).dim
+    assert alone(dim) <= ratio < alone(dim + multiple)
+
+
+def test_the_width_gives_way_where_the_rest_cannot_follow(tiny) -> None:
+    """Heads alone are a small part of the cost, so the width has to go further than its part."""
+    shape, pruner = tiny().shape(), RandomUnits(units=("head", "width"))
+    scores, budget = pruner.score(tiny(), []), 0.3 * cost_of(tiny().shape()).effective_macs
+    cut = pruner.shrink(shape, pruner.allocate(shape, scores, budget))
+    assert cost_of(cut).effective_macs <= budget
+    least = dict.fromkeys(pruner.sites(shape), 2 / 3) | {"width": 1.0 - (cut.dim + 1) / 24}
+    assert cost_of(pruner.shrink(shape, least)).effective_macs > budget
+    part = 0.3**WIDTH_PART * cost_of(shape).macs
+    assert cost_of(narrowed(shape, cut.dim + 1)).macs <= part  # it need not go so far by itself
+    with pytest.raises(ValueError, match="effective GMACs is out of reach"):
+        pruner.allocate(shape, scores, 1.0)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
