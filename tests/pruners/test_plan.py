@@ -36,6 +36,28 @@ def test_any_plan_gives_the_shape_it_predicts(units: float, tokens: float, weigh
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
+BEHIND = {"evit": {}, "tome": {}, "cait_tokens": {}, "dynamic_vit": {}, "spvit": {}}
+BEHIND |= {"magnitude": {"pattern": "2:4"}, "cap": {}, "fast_cap": {}, "woodfisher": {}}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_methods_work_behind_a_narrower_model(name: str, tiny, batches, tmp_path) -> None:
+    vit, method = tiny(patch_size=4), load_method(name, **BEHIND[name])
+    narrow = load_method("grouped", units=("width",), multiple=4)
+    shape = narrow.shrink(vit.shape(), {"width": 0.5})
+    shares = dict.fromkeys(method.sites(shape), 0.5)
+    steps = (Step(pruner=narrow, thresholds={"width": 0.5}), Step(pruner=method, thresholds=shares))
+    predicted = Plan(steps=steps).shape(vit.shape())
+    Plan(steps=steps).apply(vit, batches)
+    assert vit.shape() == predicted
+    assert predicted.dim == 12
+    assert cost_of(predicted).params == sum(parameter.numel() for parameter in vit.parameters())
+    vit.save(tmp_path)
+    images = images_for(vit)
+    with torch.no_grad():
+        assert torch.equal(PrunableViT.load(tmp_path).eval()(images), vit.eval()(images))
+
+
 def test_each_family_really_acts(tiny) -> None:
     vit = tiny(img_size=(48, 32))
     seen: list[int] = []
