@@ -9,6 +9,10 @@ from torch import Tensor
 
 from pruners.model.cost import cost_of
 from pruners.model.shape import ViTShape
+from pruners.model.sites import WIDTH
+
+WIDTH_PART = 0.5
+"""Exponent of a budget that the width reaches alone; heads, neurons, ... reach the rest."""
 
 
 def rank_globally(
@@ -104,6 +108,42 @@ def _lowest(
     if count is None:
         raise out_of_reach(macs, shrink(shares(ranking.numel())))
     return shares(count)
+
+
+def width_share(
+    shape: ViTShape,
+    least: Mapping[str, float],
+    shrink: Callable[[dict[str, float]], ViTShape],
+    macs: float,
+) -> float:
+    """Return the smallest share of the width that reaches its part of a budget of effective MACs.
+
+    Where nothing else is cut that is the whole budget, and where the other sites can cut no further
+    it is what they leave.
+
+    Args:
+        shape: Shape before the cut.
+        least: Site -> largest share, of all sites but the width.
+        shrink: Thresholds -> shape after the cut.
+        macs: Effective MACs to reach.
+
+    Raises:
+        ValueError: If even a single channel is above the budget.
+    """
+    before = cost_of(shape).effective_macs
+    part = before * min(1.0, macs / before) ** (WIDTH_PART if least else 1.0)
+
+    def shares(channels: int) -> dict[str, float]:
+        return {WIDTH: channels / shape.dim}
+
+    def reaches(channels: int) -> bool:
+        alone, together = shrink(shares(channels)), shrink({**shares(channels), **least})
+        return cost_of(alone).effective_macs <= part and cost_of(together).effective_macs <= macs
+
+    channels = smallest(shape.dim - 1, reaches)
+    if channels is None:
+        raise out_of_reach(macs, shrink({**shares(shape.dim - 1), **least}))
+    return channels / shape.dim
 
 
 def same_share(

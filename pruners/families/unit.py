@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from pruners.families.allocation import out_of_reach, rank_globally, smallest
+from pruners.families.allocation import rank_globally, width_share
 from pruners.families.options import option
 from pruners.families.pruner import Pruner
 from pruners.model.attention import Attention
-from pruners.model.cost import cost_of
 from pruners.model.ranking import cut_attention, cut_mlp, highest, slice_scores
 from pruners.model.shape import BlockShape, ViTShape, units_kept
 from pruners.model.sites import RAGGED, WHOLE, WIDTH, kind_of, ragged_site, unit_sites
@@ -29,9 +28,6 @@ from pruners.model.surgery import (
 from pruners.model.types import Scores, Thresholds
 from pruners.model.vit import ViT
 from pruners.model.width import keep_width, narrowed, writes_everywhere
-
-WIDTH_PART = 0.5
-"""Exponent of a budget that the width reaches alone; heads, neurons, ... reach the rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,15 +148,15 @@ class UnitPruner(Pruner, abc.ABC):
         no matter of scores: of a budget of r times the cost the width reaches r^`WIDTH_PART`.
         """
         steps = {site: slice_scores(scores[site]) for site in self.sites(shape)}
-        if steps.pop(WIDTH, None) is None:
-            return rank_globally(shape, steps, lambda shares: self.shrink(shape, shares), macs)
-        width = {WIDTH: _width_share(self, shape, steps, macs)}
-        if not steps:
-            return width
-        narrow = self.shrink(shape, width)
-        return width | rank_globally(
-            narrow, steps, lambda shares: self.shrink(narrow, shares), macs
-        )
+        width = {}
+        if steps.pop(WIDTH, None) is not None:
+            least = {site: (len(own) - 1) / len(own) for site, own in steps.items()}
+            share = width_share(shape, least, lambda shares: self.shrink(shape, shares), macs)
+            width = {WIDTH: share}
+            if not steps:
+                return width
+        left = self.shrink(shape, width)
+        return width | rank_globally(left, steps, lambda shares: self.shrink(left, shares), macs)
 
     def cut(self, vit: ViT, scores: Scores, thresholds: Thresholds) -> None:
         """Remove the units of lowest score: heads before the dims of the heads that stay."""
@@ -200,33 +196,6 @@ def check_scores(pruner: Pruner, shape: ViTShape, scores: Scores, thresholds: Th
                 f"{pruner.name} has scores of {scores[site].shape[-1]} units at {site}, which has "
                 f"{units}; give scores of this network"
             )
-
-
-def _width_share(
-    pruner: UnitPruner, shape: ViTShape, others: Collection[str], macs: float
-) -> float:
-    """Return the smallest share of the width that leaves a budget to the other sites.
-
-    It is the whole budget where there are none, and otherwise what they can still reach.
-
-    Raises:
-        ValueError: If a single channel is above the budget.
-    """
-    sites = pruner.sites(shape)
-    least = {site: (sites[site] - 1) / sites[site] for site in others}
-    before = cost_of(shape).effective_macs
-    target = before * min(1.0, macs / before) ** (WIDTH_PART if least else 1.0)
-
-    def reaches(channels: int) -> bool:
-        width = {WIDTH: channels / shape.dim}
-        alone, together = (cost_of(pruner.shrink(shape, s)) for s in (width, width | least))
-        return alone.effective_macs <= target and together.effective_macs <= macs
-
-    channels = smallest(shape.dim - 1, reaches)
-    if channels is None:
-        width = {WIDTH: (shape.dim - 1) / shape.dim}
-        raise out_of_reach(macs, pruner.shrink(shape, width | least))
-    return channels / shape.dim
 
 
 _FIELDS = {

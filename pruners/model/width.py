@@ -29,7 +29,12 @@ def keep_width(vit: ViT, channels: Tensor) -> None:
         whole = getattr(module, name)
         part = whole.detach().index_select(axis, channels.to(whole.device)).clone()
         setattr(module, name, nn.Parameter(part, requires_grad=whole.requires_grad))
-        _tell_size(module)
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = module.weight.shape
+    for _, module in _vectors(vit):
+        if hasattr(module, "normalized_shape"):
+            module.normalized_shape = (len(channels),)  # type: ignore[assignment]
+    vit.vit.patch_embed.proj.out_channels = len(channels)
     vit.vit.embed_dim = vit.vit.num_features = vit.vit.head_hidden_size = len(channels)
 
 
@@ -115,9 +120,8 @@ def _check_narrows(vit: ViT) -> None:
         if block.front is not None or block.middle is not None:
             raise ValueError(f"blocks.{index} reduces the tokens; cut the width first")
     for name, module in _vectors(vit):
-        if not isinstance(module, LayerScale | nn.Identity | nn.LayerNorm) and not hasattr(
-            module, "normalized_shape"
-        ):
+        known = isinstance(module, LayerScale | nn.Identity) or hasattr(module, "normalized_shape")
+        if not known:
             raise ValueError(
                 f"{name} is a {type(module).__name__}; the width is cut where norms are LayerNorm "
                 "or RMSNorm"
@@ -145,14 +149,3 @@ def _vectors(vit: ViT) -> Iterator[tuple[str, nn.Module]]:
         for name in ("norm1", "ls1", "norm2", "ls2"):
             if getattr(block, name) is not None:
                 yield f"blocks.{index}.{name}", getattr(block, name)
-
-
-def _tell_size(module: nn.Module) -> None:
-    """Set what a module knows of its sizes to what its weight has."""
-    weight = getattr(module, "weight", None)
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.Conv2d):
-        module.out_channels = module.weight.shape[0]
-    elif isinstance(weight, Tensor) and hasattr(module, "normalized_shape"):
-        module.normalized_shape = tuple(weight.shape)  # type: ignore[assignment]

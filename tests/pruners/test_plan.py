@@ -154,17 +154,19 @@ def test_the_description_is_one_line_with_means_and_ranges() -> None:
         "blocks.0.attn.head": 0.25,
         "blocks.0.mlp.neuron": 0.1,
         "blocks.1.mlp.neuron": 0.5,
+        "width": 0.2,
     }
+    grouped = load_method("grouped", units=("head", "neuron", "width"))
     plan = Plan(
         steps=(
-            Step(pruner=load_method("grouped"), thresholds=thresholds),
+            Step(pruner=grouped, thresholds=thresholds),
             Step(pruner=load_method("evit"), thresholds={"blocks.0.token": 0.0}),
             Step(pruner=load_method("magnitude"), thresholds={"blocks.0.mlp.fc1": 0.5}),
         )
     )
     assert (
         plan.describe()
-        == "grouped: heads -25 %, neurons -30 % (10 to 50); magnitude: weights -50 %"
+        == "grouped: heads -25 %, neurons -30 % (10 to 50), width -20 %; magnitude: weights -50 %"
     )
     assert Plan().describe() == "dense"
 

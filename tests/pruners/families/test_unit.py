@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pruners import Plan, Step, cost_of, load_method
-from pruners.families.unit import WIDTH_PART, UnitPruner
+from pruners.families.allocation import WIDTH_PART
+from pruners.families.unit import UnitPruner
 from pruners.model.sites import KINDS, block_of
 from pruners.model.width import narrowed
 from tests.models import VARIANTS, images_for
