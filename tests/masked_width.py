@@ -16,8 +16,8 @@ def masked_logits(
 ) -> Tensor:
     """Return logits [B, classes] of a dense model in which only the channels `keep` [D] exist.
 
-    All weights have their dense shapes. The stream is zero where a channel is gone, and norms take
-    their mean and variance over the channels that are kept.
+    All weights have their dense shapes. The stream is zero where a channel is gone. A LayerNorm
+    takes its mean and variance over the channels that are kept, an RMSNorm sees the zeros.
 
     Args:
         vit: The dense model, from which only settings are read, no weights.
@@ -31,11 +31,12 @@ def masked_logits(
         if f"{name}.weight" not in parameters:
             return x
         weight, bias = parameters[f"{name}.weight"], parameters.get(f"{name}.bias")
-        if bias is not None:  # an RMSNorm subtracts no mean
-            x = x - (x * mask).sum(-1, keepdim=True) / mask.sum()
+        eps = own.get_submodule(name).eps
+        if bias is None:
+            return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+        x = x - (x * mask).sum(-1, keepdim=True) / mask.sum()
         square = (x.square() * mask).sum(-1, keepdim=True) / mask.sum()
-        x = x / (square + own.get_submodule(name).eps).sqrt() * weight
-        return (x if bias is None else x + bias) * mask
+        return (x / (square + eps).sqrt() * weight + bias) * mask
 
     def linear(x: Tensor, name: str) -> Tensor:
         return F.linear(x, parameters[f"{name}.weight"], parameters.get(f"{name}.bias"))

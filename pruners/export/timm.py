@@ -11,10 +11,11 @@ import math
 from pathlib import Path
 
 import timm
-from torch import Tensor
+from torch import Tensor, nn
 
 from pruners.model.attention import Attention
 from pruners.model.files import replace_file, write_tensors
+from pruners.model.norm import NarrowRMSNorm
 from pruners.model.vit import Block, ViT
 
 WEIGHTS, SCRIPT = "timm.safetensors", "load_timm.py"
@@ -84,8 +85,12 @@ def _state(vit: ViT) -> dict[str, Tensor]:
         for name, tensor in vit.vit.state_dict().items()
         if not name.startswith("blocks.")
     }
+    for name, gain in _gains(vit.vit).items():
+        if name in state:
+            state[name] = state[name] * gain
     for place, (_, block, attn, _) in enumerate(_kept(vit)):
         own = {name: tensor.detach().cpu() for name, tensor in block.state_dict().items()}
+        own |= {name: own[name] * gain for name, gain in _gains(block).items()}
         # timm divides q k^T by the root of the width that is left, the model by that of the whole.
         factor = attn.scale * math.sqrt(attn.qk_dim)
         for name in ("attn.qkv.weight", "attn.qkv.bias"):
@@ -94,6 +99,15 @@ def _state(vit: ViT) -> dict[str, Tensor]:
                 own[name][: attn.heads * attn.qk_dim] *= factor
         state |= {f"blocks.{place}.{name}": tensor.contiguous() for name, tensor in own.items()}
     return state
+
+
+def _gains(module: nn.Module) -> dict[str, float]:
+    """Return what the weights of norms that count lost channels as zeros are multiplied by."""
+    return {
+        f"{name}.weight": norm.gain
+        for name, norm in module.named_modules()
+        if isinstance(norm, NarrowRMSNorm)
+    }
 
 
 def _script(vit: ViT) -> str:

@@ -11,7 +11,7 @@ from pruners.model.cost import cost_of
 from pruners.model.shape import ViTShape
 from pruners.model.sites import WIDTH
 
-WIDTH_PART = 0.5
+WIDTH_PART = 0.125
 """Exponent of a budget that the width reaches alone; heads, neurons, ... reach the rest."""
 
 

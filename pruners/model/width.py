@@ -2,7 +2,8 @@
 
 A channel goes out of the patch embedding, the prefix tokens and positions, every norm and
 LayerScale, the rows of proj and fc2, the columns of qkv and fc1, and the classifiers. What is left
-is the model that normalises over the channels that stay: a norm's mean and variance are theirs.
+is the model that normalises over the channels that stay: a LayerNorm's mean and variance are
+theirs; in an RMSNorm those that are gone count as zeros.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ from collections.abc import Iterator
 from timm.layers import LayerScale
 from torch import Tensor, nn
 
+from pruners.model.norm import RMS_NORMS, NarrowRMSNorm
 from pruners.model.shape import ViTShape
 from pruners.model.vit import ViT
+
+_NARROW = (LayerScale, nn.Identity, nn.LayerNorm, NarrowRMSNorm, *RMS_NORMS)
 
 
 def keep_width(vit: ViT, channels: Tensor) -> None:
@@ -25,6 +29,10 @@ def keep_width(vit: ViT, channels: Tensor) -> None:
             nothing is cut then.
     """
     _check_narrows(vit)
+    for name, module in list(_vectors(vit)):
+        if isinstance(module, RMS_NORMS):
+            owner, _, leaf = name.rpartition(".")
+            setattr(vit.vit.get_submodule(owner), leaf, NarrowRMSNorm(module, vit.vit.embed_dim))
     for module, name, axis in list(channel_slices(vit)):
         whole = getattr(module, name)
         part = whole.detach().index_select(axis, channels.to(whole.device)).clone()
@@ -32,8 +40,8 @@ def keep_width(vit: ViT, channels: Tensor) -> None:
         if isinstance(module, nn.Linear):
             module.out_features, module.in_features = module.weight.shape
     for _, module in _vectors(vit):
-        if hasattr(module, "normalized_shape"):
-            module.normalized_shape = (len(channels),)  # type: ignore[assignment]
+        if isinstance(module, nn.LayerNorm):
+            module.normalized_shape = (len(channels),)
     vit.vit.patch_embed.proj.out_channels = len(channels)
     vit.vit.embed_dim = vit.vit.num_features = vit.vit.head_hidden_size = len(channels)
 
@@ -120,8 +128,7 @@ def _check_narrows(vit: ViT) -> None:
         if block.front is not None or block.middle is not None:
             raise ValueError(f"blocks.{index} reduces the tokens; cut the width first")
     for name, module in _vectors(vit):
-        known = isinstance(module, LayerScale | nn.Identity) or hasattr(module, "normalized_shape")
-        if not known:
+        if not isinstance(module, _NARROW):
             raise ValueError(
                 f"{name} is a {type(module).__name__}; the width is cut where norms are LayerNorm "
                 "or RMSNorm"

@@ -2,7 +2,8 @@
 
     python tests/benchmarks/width_split.py --epochs 2
 
-Channels, heads and neurons by Taylor's scores of the same 512 images. Of a budget of r times the
+The model as it is, and turned to the principal directions of its stream. Channels, heads and
+neurons by Taylor's scores of the same 512 images. Of a budget of r times the
 multiply-adds the width alone reaches r^part, heads and neurons the rest in one ranking; "one
 ranking" lets channels, heads and neurons compete by score per multiply-add instead. Validation
 top-1 in percent and the channels that are left. A tuning takes `--steps` batches of 128 per epoch
@@ -21,6 +22,7 @@ import torch
 from pruners import PrunableViT, cost_of, load_method
 from pruners.families.allocation import rank_globally
 from pruners.model.ranking import slice_scores
+from pruners.model.rotation import rotated
 from pruners.model.types import Scores, Thresholds
 from pruners.training.evaluation import evaluate
 from pruners.training.fine_tune import FineTuner
@@ -30,7 +32,6 @@ from search.data.images import open_images
 
 SAMPLE = Path(__file__).parents[2] / "search" / "sample"
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-PARTS = (0.0, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)
 SPEC = ImageSpec(size=(32, 32), channels=3, mean=MEAN, std=STD)
 BOTH = load_method("grouped", units=("head", "neuron", "width"))
 
@@ -58,38 +59,48 @@ def one_ranking(dense: PrunableViT, scores: Scores, ratio: float) -> Thresholds:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.7, 0.5, 0.3])
+    parser.add_argument("--parts", type=float, nargs="+", default=[0, 0.125, 0.25, 0.5, 0.75, 1])
+    parser.add_argument("--models", nargs="+", default=["as it is", "rotated"])
     parser.add_argument("--epochs", type=int, default=0, help="of fine-tuning")
     parser.add_argument("--steps", type=int, default=31, help="batches of an epoch")
     args = parser.parse_args()
     torch.set_num_threads(1)
     train, val = (open_images(str(SAMPLE / f"{s}.parquet"), SPEC) for s in ("train", "val"))
     dense = PrunableViT.from_safetensors(SAMPLE / "vit_cifar10.safetensors").eval()
+    calibration = list(itertools.islice(train.batches(64, seed=0, augment=False), 8))
+    models = {"as it is": dense, "rotated": rotated(dense, calibration)}
     dense.use_fused_attention(False)
-    scores = BOTH.score(dense, list(itertools.islice(train.batches(64, seed=0, augment=False), 8)))
     epochs = []
     with torch.no_grad():
         for epoch in range(args.epochs):
             batches = itertools.islice(train.batches(128, seed=epoch, augment=True), args.steps)
             epochs.append([(images, labels, dense(images)) for images, labels in batches])
 
-    def top1(vit: PrunableViT) -> float:
-        return evaluate(vit, val.batches(250, seed=None, augment=False)).top1
+    def top1(vit: PrunableViT) -> str:
+        vit.use_fused_attention(False)
+        return f"{evaluate(vit.eval(), val.batches(250, seed=None, augment=False)).top1:.1f}"
 
-    for ratio in args.budgets:
-        ways = {f"{part:g}": split(dense, scores, ratio, part) for part in PARTS}
-        ways["one ranking"] = one_ranking(dense, scores, ratio)
-        for name, shares in ways.items():
-            vit = copy.deepcopy(dense)
-            BOTH.cut(vit, scores, shares)
-            cells = [f"{cost_of(vit.shape()).macs / cost_of(dense.shape()).macs:.3f}x"]
-            cells += [f"{vit.shape().dim} channels", f"{top1(vit):.1f}"]
-            if epochs:
-                torch.manual_seed(0)
-                tuner = FineTuner(vit, Recipe(epochs=args.epochs), args.steps)
-                for batches in epochs:
-                    tuner.train_taught(batches)
-                cells.append(f"{top1(vit.eval()):.1f}")
-            print(f"| {ratio:g} | {name} | {' | '.join(cells)} |", flush=True)
+    def measure(model: PrunableViT, scores: Scores, shares: Thresholds) -> list[str]:
+        vit = copy.deepcopy(model)
+        BOTH.cut(vit, scores, shares)
+        ratio = cost_of(vit.shape()).macs / cost_of(model.shape()).macs
+        cells = [f"{ratio:.3f}x", str(vit.shape().dim), top1(vit)]
+        if epochs:
+            torch.manual_seed(0)
+            tuner = FineTuner(vit, Recipe(epochs=args.epochs), args.steps)
+            for batches in epochs:
+                tuner.train_taught(batches)
+            cells.append(top1(vit))
+        return cells
+
+    for name in args.models:
+        scores = BOTH.score(models[name], calibration)
+        for ratio in args.budgets:
+            ways = {f"{part:g}": split(dense, scores, ratio, part) for part in args.parts}
+            ways["one ranking"] = one_ranking(dense, scores, ratio)
+            for way, shares in ways.items():
+                cells = " | ".join(measure(models[name], scores, shares))
+                print(f"| {name} | {ratio:g} | {way} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":

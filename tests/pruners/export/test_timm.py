@@ -66,6 +66,9 @@ def models(tiny) -> dict[str, PrunableViT]:
     dims = {f"blocks.{i}.attn.{kind}": 0.5 for i in (0, 2) for kind in ("qk_dim", "v_dim")}
     own["dims"] = cut(tiny(), dims, ("qk_dim", "v_dim"))
     own["narrow"] = cut(tiny(qk_norm=True), {"width": 0.3}, ("width",))
+    own["narrow_rms"] = cut(
+        tiny(norm_layer="rmsnorm"), UNITS | {"width": 0.6}, ("head", "neuron", "width")
+    )
     own["narrow_distilled"] = cut(
         perturbed(
             PrunableViT.from_timm("deit_tiny_distilled_patch16_224", pretrained=False, **named)

@@ -101,7 +101,7 @@ def test_one_channel_at_least_stays(tiny) -> None:
 
 
 @pytest.mark.parametrize("multiple", [1, 4])
-@pytest.mark.parametrize("ratio", [0.9, 0.5, 0.2])
+@pytest.mark.parametrize("ratio", [0.9, 0.7, 0.5])
 def test_the_width_reaches_its_part_of_a_budget(ratio: float, multiple: int, tiny) -> None:
     shape, budget = tiny().shape(), ratio * cost_of(tiny().shape()).effective_macs
     pruner = RandomUnits(units=("head", "neuron", "width"), multiple=multiple)
