@@ -51,9 +51,10 @@ def test_onnx_file_is_one_and_says_what_it_takes(tiny, tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_a_narrower_model_is_exported(tiny, tmp_path) -> None:
+@pytest.mark.parametrize("args", [{"qk_norm": True}, {"norm_layer": "rmsnorm"}], ids=str)
+def test_a_narrower_model_is_exported(args: dict, tiny, tmp_path) -> None:
     pytest.importorskip("onnxruntime")
-    vit = tiny(patch_size=4, qk_norm=True)
+    vit = tiny(patch_size=4, **args)
     narrow = load_method("grouped", criterion="magnitude", units=("head", "width"))
     shares = {"width": 0.3, "blocks.1.attn.head": 0.4}
     Plan(

@@ -39,7 +39,7 @@ def distilled() -> PrunableViT:
 def test_a_rotated_model_computes_the_same(variant: str, tiny, tmp_path) -> None:
     vit = (distilled() if variant == "distilled" else tiny(**TURNED[variant])).double()
     before, images = copy.deepcopy(vit.state_dict()), images_for(vit, 5).double()
-    turned = rotated(vit, pairs(vit))
+    turned = vit.rotated(pairs(vit))
     assert not turned.training
     assert not any(isinstance(module, torch.nn.LayerNorm) for module in turned.modules())
     with torch.no_grad():
