@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pruners.families.allocation import rank_globally, width_share
+from pruners.families.allocation import rank_globally, rank_with_width
 from pruners.families.options import option
 from pruners.families.pruner import Pruner
 from pruners.model.attention import Attention
@@ -141,22 +141,11 @@ class UnitPruner(Pruner, abc.ABC):
         return dataclasses.replace(shape, blocks=tuple(blocks), nonzero=nonzero)
 
     def allocate(self, shape: ViTShape, scores: Scores, macs: float) -> Thresholds:
-        """Rank all units of all sites together, by score per MAC; the width comes before.
-
-        Scores of a channel and of a head or a neuron do not compare (isomorphic pruning, Fang et
-        al., 2024, arXiv:2407.04616), so channels are ranked among themselves, and how many go is
-        no matter of scores: of a budget of r times the cost the width reaches r^`WIDTH_PART`.
-        """
+        """Rank all units of all sites together, by score per MAC; the width by itself."""
         steps = {site: slice_scores(scores[site]) for site in self.sites(shape)}
-        width = {}
-        if steps.pop(WIDTH, None) is not None:
-            least = {site: (len(own) - 1) / len(own) for site, own in steps.items()}
-            share = width_share(shape, least, lambda shares: self.shrink(shape, shares), macs)
-            width = {WIDTH: share}
-            if not steps:
-                return width
-        left = self.shrink(shape, width)
-        return width | rank_globally(left, steps, lambda shares: self.shrink(left, shares), macs)
+        if WIDTH in steps:
+            return rank_with_width(shape, steps, self.shrink, macs)
+        return rank_globally(shape, steps, lambda shares: self.shrink(shape, shares), macs)
 
     def cut(self, vit: ViT, scores: Scores, thresholds: Thresholds) -> None:
         """Remove the units of lowest score: heads before the dims of the heads that stay."""

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from pruners import Plan, Step, cost_of, load_method
-from pruners.families.allocation import WIDTH_PART
 from pruners.families.unit import UnitPruner
 from pruners.model.sites import KINDS, block_of
 from pruners.model.width import narrowed
@@ -101,37 +100,57 @@ def test_one_channel_at_least_stays(tiny) -> None:
 
 
 @pytest.mark.parametrize("multiple", [1, 4])
-@pytest.mark.parametrize("ratio", [0.9, 0.7, 0.5])
-def test_the_width_reaches_its_part_of_a_budget(ratio: float, multiple: int, tiny) -> None:
-    shape, budget = tiny().shape(), ratio * cost_of(tiny().shape()).effective_macs
+@pytest.mark.parametrize("ratio", [0.9, 0.7, 0.4])
+def test_channels_and_other_units_lose_the_same_share(ratio: float, multiple: int, tiny) -> None:
+    shape, macs = tiny().shape(), ratio * cost_of(tiny().shape()).effective_macs
     pruner = RandomUnits(units=("head", "neuron", "width"), multiple=multiple)
-    shares = pruner.allocate(shape, pruner.score(tiny(), []), budget)
-    cut = pruner.shrink(shape, shares)
-    assert cost_of(cut).effective_macs <= budget
-    dim = pruner.shrink(shape, {"width": shares["width"]}).dim
+    others = dataclasses.replace(pruner, units=("head", "neuron"))
+    torch.manual_seed(7)
+    scores = pruner.score(tiny(), [])
+    shares = pruner.allocate(shape, scores, macs)
+    assert cost_of(pruner.shrink(shape, shares)).effective_macs <= macs
+    channels, ascending = round(24 * shares["width"]), scores["width"].sort().values
+    rest = {site: own for site, own in scores.items() if site != "width"}
 
-    def alone(dim: int) -> float:
-        return cost_of(narrowed(shape, dim)).macs / cost_of(shape).macs
+    def lost(channels: int) -> tuple[float, float]:
+        left = pruner.shrink(shape, {"width": channels / 24})
+        found = others.allocate(left, rest, macs)
+        gone = sum(own.sort().values[: round(found[s] * len(own))].sum() for s, own in rest.items())
+        total = sum(own.sum() for own in rest.values())
+        return (ascending[:channels].sum() / ascending.sum()).item(), (gone / total).item()
 
-    assert alone(dim) <= ratio**WIDTH_PART < alone(dim + multiple)
-    only = dataclasses.replace(pruner, units=("width",))
+    assert lost(channels)[0] >= lost(channels)[1]
+    assert lost(channels - 1)[0] < lost(channels - 1)[1]
+    assert pruner.allocate(shape, {**scores, "width": 1e3 * scores["width"]}, macs) == shares
+
+
+def test_channels_that_hold_nothing_go_first(tiny) -> None:
+    shape, pruner = tiny().shape(), RandomUnits(units=("head", "neuron", "width"))
+    scores, budget = pruner.score(tiny(), []), 0.6 * cost_of(tiny().shape()).effective_macs
+    scores["width"][3:] = 0.0
+    empty = pruner.allocate(shape, scores, budget)
+    assert empty["width"] == min(n for n in range(24) if narrow_macs(shape, 24 - n) <= budget) / 24
+    assert sum(empty.values()) == empty["width"]
+
+
+def test_the_width_alone_reaches_a_budget_and_gives_way_to_what_cannot(tiny) -> None:
+    shape, budget = tiny().shape(), 0.3 * cost_of(tiny().shape()).effective_macs
+    only = RandomUnits(units=("width",))
     (share,) = only.allocate(shape, {"width": torch.rand(24)}, budget).values()
     dim = only.shrink(shape, {"width": share}).dim
-    assert alone(dim) <= ratio < alone(dim + multiple)
-
-
-def test_the_width_gives_way_where_the_rest_cannot_follow(tiny) -> None:
-    """Heads alone are a small part of the cost, so the width has to go further than its part."""
-    shape, pruner = tiny().shape(), RandomUnits(units=("head", "width"))
-    scores, budget = pruner.score(tiny(), []), 0.3 * cost_of(tiny().shape()).effective_macs
+    assert narrow_macs(shape, dim) <= budget < narrow_macs(shape, dim + 1)
+    pruner = RandomUnits(units=("head", "width"))
+    scores = pruner.score(tiny(), [])
+    scores["width"][:] = 1e-3
+    scores["width"][0] = 1.0  # nearly all of the width's score: cut last
     cut = pruner.shrink(shape, pruner.allocate(shape, scores, budget))
     assert cost_of(cut).effective_macs <= budget
-    least = dict.fromkeys(pruner.sites(shape), 2 / 3) | {"width": 1.0 - (cut.dim + 1) / 24}
-    assert cost_of(pruner.shrink(shape, least)).effective_macs > budget
-    part = 0.3**WIDTH_PART * cost_of(shape).macs
-    assert cost_of(narrowed(shape, cut.dim + 1)).macs <= part  # it need not go so far by itself
     with pytest.raises(ValueError, match="effective GMACs is out of reach"):
         pruner.allocate(shape, scores, 1.0)
+
+
+def narrow_macs(shape, dim: int) -> int:
+    return cost_of(narrowed(shape, dim)).macs
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
