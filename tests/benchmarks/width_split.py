@@ -3,11 +3,12 @@
     python tests/benchmarks/width_split.py --epochs 2
 
 The model as it is, and turned to the principal directions of its stream. Channels, heads and
-neurons by Taylor's scores of the same 512 images. Of a budget of r times the
-multiply-adds the width alone reaches r^part, heads and neurons the rest in one ranking; "one
-ranking" lets channels, heads and neurons compete by score per multiply-add instead. Validation
-top-1 in percent and the channels that are left. A tuning takes `--steps` batches of 128 per epoch
-of the default recipe, the same for all.
+neurons by Taylor's scores of the same 512 images. "same loss" is what `grouped` does: channels and
+other units lose the same share of all their scores. With a number, of a budget of r times the
+multiply-adds the width alone reaches r^number, heads and neurons the rest; "one ranking" lets all
+compete by score per multiply-add. Columns: model, budget, way, cost, channels that are left,
+validation top-1 in percent, and after a tuning of `--steps` batches of 128 per epoch, the same for
+all.
 """
 
 from __future__ import annotations
@@ -97,6 +98,8 @@ def main() -> None:
         scores = BOTH.score(models[name], calibration)
         for ratio in args.budgets:
             ways = {f"{part:g}": split(dense, scores, ratio, part) for part in args.parts}
+            macs = ratio * cost_of(dense.shape()).effective_macs
+            ways["same loss"] = BOTH.allocate(dense.shape(), scores, macs)
             ways["one ranking"] = one_ranking(dense, scores, ratio)
             for way, shares in ways.items():
                 cells = " | ".join(measure(models[name], scores, shares))
