@@ -8,10 +8,11 @@ express what is left of them.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import timm
-from torch import Tensor, nn
+from torch import Tensor
 
 from pruners.model.attention import Attention
 from pruners.model.files import replace_file, write_tensors
@@ -85,12 +86,8 @@ def _state(vit: ViT) -> dict[str, Tensor]:
         for name, tensor in vit.vit.state_dict().items()
         if not name.startswith("blocks.")
     }
-    for name, gain in _gains(vit.vit).items():
-        if name in state:
-            state[name] = state[name] * gain
     for place, (_, block, attn, _) in enumerate(_kept(vit)):
         own = {name: tensor.detach().cpu() for name, tensor in block.state_dict().items()}
-        own |= {name: own[name] * gain for name, gain in _gains(block).items()}
         # timm divides q k^T by the root of the width that is left, the model by that of the whole.
         factor = attn.scale * math.sqrt(attn.qk_dim)
         for name in ("attn.qkv.weight", "attn.qkv.bias"):
@@ -98,16 +95,21 @@ def _state(vit: ViT) -> dict[str, Tensor]:
                 own[name] = own[name].clone()
                 own[name][: attn.heads * attn.qk_dim] *= factor
         state |= {f"blocks.{place}.{name}": tensor.contiguous() for name, tensor in own.items()}
+    for name, norm in _narrow_norms(vit):
+        state[f"{name}.weight"] = state[f"{name}.weight"] * norm.gain
     return state
 
 
-def _gains(module: nn.Module) -> dict[str, float]:
-    """Return what the weights of norms that count lost channels as zeros are multiplied by."""
-    return {
-        f"{name}.weight": norm.gain
-        for name, norm in module.named_modules()
-        if isinstance(norm, NarrowRMSNorm)
-    }
+def _narrow_norms(vit: ViT) -> Iterator[tuple[str, NarrowRMSNorm]]:
+    """Yield (timm's name, norm) of those that count lost channels as zeros."""
+    places = {index: place for place, (index, *_) in enumerate(_kept(vit))}
+    for name, norm in vit.vit.named_modules():
+        if isinstance(norm, NarrowRMSNorm):
+            parts = name.split(".")
+            if parts[0] != "blocks":
+                yield name, norm
+            elif (place := places.get(int(parts[1]))) is not None:
+                yield f"blocks.{place}.{parts[2]}", norm
 
 
 def _script(vit: ViT) -> str:
@@ -129,7 +131,17 @@ def _script(vit: ViT) -> str:
         build="VisionTransformer(" if name is None else f"timm.create_model({name!r}, ",
         args="".join(f"{key}={value!r}, " for key, value in args.items()),
         weights=WEIGHTS,
+        eps="".join(
+            f"vit.{_indexed(name)}.eps = {norm.eps * norm.gain**2!r}\n"
+            for name, norm in _narrow_norms(vit)
+        ),
     )
+
+
+def _indexed(name: str) -> str:
+    """Return a module's name as Python reads it: `blocks[0].norm1` of `blocks.0.norm1`."""
+    first, *rest = name.split(".")
+    return ".".join([f"{first}[{rest[0]}]", *rest[1:]]) if rest else first
 
 
 SCRIPT_TEXT = '''"""Opens a pruned Vision Transformer with timm alone (written for timm {version}).
@@ -167,6 +179,6 @@ def block(depth, **args):
 
 
 vit = {build}{args}embed_dim=DIM, depth=len(BLOCKS), block_fn=block)
-vit.load_state_dict(load_file(Path(__file__).with_name("{weights}")), strict=True)
+{eps}vit.load_state_dict(load_file(Path(__file__).with_name("{weights}")), strict=True)
 vit.eval()
 '''

@@ -20,7 +20,7 @@ class NarrowRMSNorm(nn.Module):
     form: zeros would move the mean.)
 
     Attributes:
-        weight: [D'], or None.
+        weight: [D'].
         eps: What is added to the mean square.
         width: Channels of the dense model.
     """
@@ -29,14 +29,17 @@ class NarrowRMSNorm(nn.Module):
         """Take over an RMSNorm over all `width` channels."""
         super().__init__()
         eps = norm.eps
-        self.weight: nn.Parameter | None = norm.weight  # type: ignore[assignment]
+        self.weight: nn.Parameter = norm.weight  # type: ignore[assignment]
         self.eps = float(eps) if isinstance(eps, float) else torch.finfo(torch.float32).eps
         self.width = width
 
     @property
     def gain(self) -> float:
-        """What an RMSNorm over the D' channels alone has to be multiplied by."""
-        return math.sqrt(self.width / self.weight.numel()) if self.weight is not None else 1.0
+        """What an RMSNorm over the D' channels alone has to be multiplied by.
+
+        Its eps is `gain` squared times this one's.
+        """
+        return math.sqrt(self.width / self.weight.numel())
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [..., D']."""

@@ -133,6 +133,8 @@ def _check_narrows(vit: ViT) -> None:
                 f"{name} is a {type(module).__name__}; the width is cut where norms are LayerNorm "
                 "or RMSNorm"
             )
+        if isinstance(module, RMS_NORMS) and module.weight is None:
+            raise ValueError(f"{name} has no weight; the width is cut where norms have one")
     for name, module in _heads(vit):
         if not isinstance(module, nn.Linear | nn.Identity):
             raise ValueError(

@@ -131,6 +131,10 @@ def test_what_cannot_be_narrowed_is_refused_by_name_and_left_as_it_was(tiny) -> 
     for damage, message in (
         (lambda v: setattr(v.vit, "head", torch.nn.Sequential(v.vit.head)), "head is a Sequential"),
         (lambda v: setattr(v.vit, "norm", torch.nn.BatchNorm1d(24)), "norm is a BatchNorm1d"),
+        (
+            lambda v: setattr(v.vit, "norm", torch.nn.RMSNorm(24, elementwise_affine=False)),
+            "norm has no weight",
+        ),
     ):
         vit = tiny()
         damage(vit)
