@@ -9,10 +9,13 @@ from typing import Any, Self
 
 from pruners.families.learned import Learned, LearnedPruner
 from pruners.families.pruner import FAMILIES, Pruner, load_method
+from pruners.families.unit import UnitPruner
+from pruners.model.compensation import Uncut, compensate
 from pruners.model.shape import ViTShape
 from pruners.model.sites import WIDTH
 from pruners.model.types import Batches, Thresholds
 from pruners.model.vit import ViT
+from pruners.training.learner import LearningData
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +87,8 @@ class Plan:
 
         Args:
             vit: The model.
-            batches: Calibration batches, iterated anew by each step that scores.
+            batches: Calibration batches, iterated anew by each step that scores, and to compensate
+                what a unit step leaves: with the tokens that really flow, if a token step follows.
             learned: What the first step that cuts knows of this model already: its scores, and
                 weights where it learned them too. Every other step scores the network as it is
                 when it comes.
@@ -93,18 +97,25 @@ class Plan:
             ValueError: As `shape` does.
         """
         self.shape(vit.shape())  # refuses what cannot be, before anything is cut
+        uncut: Uncut | None = None
         for position, step in enumerate(self._active()):
             pruner = step.pruner
             thresholds = pruner.ramped(step.thresholds, 0)
             target = pruner.shrink(vit.shape(), thresholds)
-            if learned is None or position > 0:
-                pruner.prune(vit, batches, thresholds)
-            elif isinstance(pruner, LearnedPruner):
-                pruner.cut_learned(vit, learned, thresholds)
+            known = learned if position == 0 else None
+            if uncut is not None and pruner.family != "token":
+                compensate(vit, uncut, batches)
+                uncut = None
+            if isinstance(pruner, UnitPruner):
+                uncut = _cut_units(pruner, vit, batches, known, thresholds)
+            elif known is not None:
+                pruner.cut(vit, known.scores, thresholds)
             else:
-                pruner.cut(vit, learned.scores, thresholds)
+                pruner.prune(vit, batches, thresholds)
             if vit.shape() != target:
                 raise AssertionError(f"{step.describe()} made another shape than it predicted")
+        if uncut is not None:
+            compensate(vit, uncut, batches)
 
     def ramp(self, vit: ViT, batches: Batches, epoch: int) -> None:
         """Cut further before fine-tuning epoch 1, 2, ..., where a step is ramped over epochs."""
@@ -155,6 +166,17 @@ class Plan:
 
     def _active(self) -> list[Step]:
         return [step for step in self.steps if step.active]
+
+
+def _cut_units(
+    pruner: UnitPruner, vit: ViT, batches: Batches, known: Learned | None, thresholds: Thresholds
+) -> Uncut | None:
+    """Cut units in place; return what the model was, if what stays is to be compensated."""
+    if isinstance(pruner, LearnedPruner):
+        known = known or pruner.learn(vit, LearningData.of(batches))
+        pruner.take_over(vit, known, thresholds)
+    scores = pruner.score(vit, batches) if known is None else known.scores
+    return pruner.cut_scored(vit, scores, thresholds)
 
 
 def _refuse_late(step: Step, shape: ViTShape) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pruners.families.learned import Learned, LearnedPruner
 from pruners.families.pruner import Pruner
 from pruners.model.attention import Attention
+from pruners.model.numbered import numbered, positions_of
 from pruners.model.shape import BlockShape, ViTShape
 from pruners.model.sites import RAGGED, WIDTH, ragged_site
 from pruners.model.types import Batches, Scores
@@ -67,7 +68,7 @@ class Subnet:
         """
         shape = dense.shape()
         plan.shape(shape)  # refuses what cannot be
-        own, vit, cut = dict(dense.named_parameters()), _numbered(dense), False
+        own, vit, cut = dict(dense.named_parameters()), numbered(dense), False
         for step in plan.steps:
             if step.active:
                 left = _scores_left(step.pruner, scores, vit, shape if cut else None)
@@ -158,16 +159,6 @@ def _refuse_changed_weights(subnet: Subnet, cut: ViT, pruner: Pruner) -> None:
             )
 
 
-def _numbered(dense: ViT) -> ViT:
-    """Copy a model; each parameter holds 1, 2, ... in float64, exact up to 2^53."""
-    memo: dict[int, object] = {}
-    for parameter in dense.parameters():
-        count = parameter.numel()
-        numbers = torch.arange(1, count + 1, dtype=torch.float64, device=parameter.device)
-        memo[id(parameter)] = nn.Parameter(numbers.view(parameter.shape), requires_grad=False)
-    return copy.deepcopy(dense, memo)
-
-
 def _part(vit: ViT, name: str, numbers: Tensor, whole: nn.Parameter) -> _Part:
     """Put a parameter in the place of its numbers."""
     empty = torch.empty(numbers.shape, dtype=whole.dtype, device=whole.device)
@@ -211,21 +202,16 @@ def _scores_left(
         return own
     if pruner.family == "weight":
         return {
-            site: own[site].flatten()[_positions(layer.weight).to(own[site].device)]
+            site: own[site].flatten()[positions_of(layer.weight).to(own[site].device)]
             for site, layer in vit.linears()
         }
     return {**own, **dict(_unit_scores(own, vit, dense))}
 
 
-def _positions(numbers: Tensor) -> Tensor:
-    """Return positions from 0; those of zeros are 0 too."""
-    return (numbers.detach().long() - 1).clamp_min_(0)
-
-
 def _unit_scores(own: Scores, vit: ViT, dense: ViTShape) -> Iterator[tuple[str, Tensor]]:
     """Yield (site, scores) of the heads, dims, neurons and channels that are left."""
     patches = vit.vit.patch_embed.proj.weight.flatten(1)
-    channels = _positions(patches[:, 0]) // patches.shape[1]
+    channels = positions_of(patches[:, 0]) // patches.shape[1]
     if WIDTH in own:
         yield WIDTH, own[WIDTH][channels.to(own[WIDTH].device)]
     for index, (block, before) in enumerate(zip(vit.blocks, dense.blocks, strict=True)):
@@ -241,7 +227,7 @@ def _unit_scores(own: Scores, vit: ViT, dense: ViTShape) -> Iterator[tuple[str, 
             left |= {f"{name}.attn.v_dim": v, f"{name}.attn.dim": v}
             yield from _ragged_scores(own, index, heads.tolist(), v % before.v_dim)
         if block.mlp is not None:
-            left[f"{name}.mlp.neuron"] = _positions(block.mlp.fc1.weight[:, 0]) // dense.dim
+            left[f"{name}.mlp.neuron"] = positions_of(block.mlp.fc1.weight[:, 0]) // dense.dim
         for site, units in left.items():
             if site in own:
                 yield site, own[site].flatten()[units.to(own[site].device)]
@@ -249,7 +235,7 @@ def _unit_scores(own: Scores, vit: ViT, dense: ViTShape) -> Iterator[tuple[str, 
 
 def _dims_left(attn: Attention, before: BlockShape, dim: int) -> tuple[Tensor, Tensor]:
     """Return the dense numbers, over all heads, of the q/k dims [H, K] and the v dims [H, V]."""
-    rows = _positions(attn.qkv.weight[:, 0]) // dim
+    rows = positions_of(attn.qkv.weight[:, 0]) // dim
     q, _, v = rows.split([attn.heads * attn.qk_dim] * 2 + [attn.heads * attn.v_dim])
     v = v - 2 * before.heads * before.qk_dim
     return q.view(attn.heads, -1), v.view(attn.heads, -1)

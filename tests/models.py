@@ -54,7 +54,10 @@ def cut(vit: PrunableViT) -> PrunableViT:
         "blocks.2.mlp.neuron": 1.0,
     }
     steps = (
-        Step(pruner=load_method("grouped", criterion="magnitude"), thresholds=units),
+        Step(
+            pruner=load_method("grouped", criterion="magnitude", compensate=False),
+            thresholds=units,
+        ),
         Step(pruner=load_method("tome"), thresholds={"blocks.0.token": 0.3}),
         Step(pruner=load_method("magnitude"), thresholds={"blocks.0.mlp.fc1": 0.5}),
     )

@@ -19,6 +19,7 @@ from torch import Tensor
 from pruners.families.allocation import common_cutoff
 from pruners.families.options import LARGEST_SEED, option
 from pruners.families.unit import UnitPruner
+from pruners.model.compensation import compensate
 from pruners.model.cost import cost_of
 from pruners.model.files import load_weights, write_tensors
 from pruners.model.shape import ViTShape
@@ -173,13 +174,21 @@ class LearnedPruner(UnitPruner, abc.ABC):
         return self.learn(vit, LearningData.of(batches)).scores
 
     def prune(self, vit: ViT, batches: Batches, thresholds: Thresholds) -> None:
-        """Learn on the batches and cut in place."""
-        self.cut_learned(vit, self.learn(vit, LearningData.of(batches)), thresholds)
+        """Learn on the batches, cut, and compensate what stays, in place."""
+        learned = self.learn(vit, LearningData.of(batches))
+        self.take_over(vit, learned, thresholds)
+        uncut = self.cut_scored(vit, learned.scores, thresholds)
+        if uncut is not None:
+            compensate(vit, uncut, batches)
 
-    def cut_learned(self, vit: ViT, learned: Learned, thresholds: Thresholds) -> None:
-        """Take over the learned weights and cut in place."""
+    def take_over(self, vit: ViT, learned: Learned, thresholds: Thresholds) -> None:
+        """Give a model the learned weights, if they are kept, before it is cut."""
         if learned.weights:
             load_weights(vit.vit, learned.weights, source=f"what {self.name} learned")
+
+    def cut_learned(self, vit: ViT, learned: Learned, thresholds: Thresholds) -> None:
+        """Take over the learned weights and cut in place; what stays is not compensated."""
+        self.take_over(vit, learned, thresholds)
         self.cut(vit, learned.scores, thresholds)
 
     def allocate(self, shape: ViTShape, scores: Scores, macs: float) -> Thresholds:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from pruners.families.allocation import rank_globally, rank_with_width
 from pruners.families.options import option
-from pruners.families.pruner import Pruner
+from pruners.families.pruner import Pruner, check_scores
 from pruners.model.attention import Attention
+from pruners.model.compensation import Uncut, compensate
 from pruners.model.ranking import cut_attention, cut_mlp, highest, slice_scores
 from pruners.model.shape import BlockShape, ViTShape, units_kept
 from pruners.model.sites import RAGGED, WHOLE, WIDTH, kind_of, ragged_site, unit_sites
@@ -25,7 +26,7 @@ from pruners.model.surgery import (
     remove_attention,
     remove_mlp,
 )
-from pruners.model.types import Scores, Thresholds
+from pruners.model.types import Batches, Scores, Thresholds
 from pruners.model.vit import ViT
 from pruners.model.width import keep_width, narrowed, writes_everywhere
 
@@ -46,14 +47,16 @@ class UnitPruner(Pruner, abc.ABC):
       branch no longer writes to;
     - `blocks.<i>.block` [1]: with a threshold of 1 both branches go, with a smaller one none.
 
-    And one for the whole network: `width` [D], the channels of the residual stream, which are
-    removed everywhere at once. There is none where branches write to some channels only.
+    `width` [D] are the channels of the residual stream, removed everywhere at once. There is no
+    such site where branches write to some channels only.
 
     Where q and k are normalised over a head's width, their dims stay and only v's go.
 
     Attributes:
         units: The kinds of units this step may cut.
         multiple: What the numbers of dims, neurons and channels that stay are rounded to.
+        compensate: Whether the weights that stay are solved anew, so that they take over what those
+            that went have said (`pruners.model.compensation`); it takes calibration images.
     """
 
     family: ClassVar[str] = "unit"
@@ -61,6 +64,7 @@ class UnitPruner(Pruner, abc.ABC):
 
     units: tuple[str, ...] = ("head", "neuron")
     multiple: int = option(1, low=1)
+    compensate: bool = True
 
     def __post_init__(self) -> None:
         """Check also that the kinds of units fit the method and each other."""
@@ -172,19 +176,32 @@ class UnitPruner(Pruner, abc.ABC):
             elif block.mlp is not None:
                 cut_mlp(block, shape, scores, f"blocks.{index}.mlp")
 
+    def prune(self, vit: ViT, batches: Batches, thresholds: Thresholds) -> None:
+        """Score, cut, and compensate what stays, in place."""
+        uncut = self.cut_scored(vit, self.score(vit, batches), thresholds)
+        if uncut is not None:
+            compensate(vit, uncut, batches)
 
-def check_scores(pruner: Pruner, shape: ViTShape, scores: Scores, thresholds: Thresholds) -> None:
-    """Refuse scores of another network than the one that is cut.
+    def cut_scored(self, vit: ViT, scores: Scores, thresholds: Thresholds) -> Uncut | None:
+        """Cut in place; return what the model was, if what stays is to be compensated.
 
-    Raises:
-        ValueError: That names the site.
-    """
-    for site, units in pruner.sites(shape).items():
-        if 0.0 < thresholds.get(site, 0.0) < 1.0 and scores[site].shape[-1] != units:
-            raise ValueError(
-                f"{pruner.name} has scores of {scores[site].shape[-1]} units at {site}, which has "
-                f"{units}; give scores of this network"
+        The width goes before: what stays is brought toward the model of that width.
+        """
+        others = {site: share for site, share in thresholds.items() if site != WIDTH}
+        if len(others) < len(thresholds):
+            self.cut(vit, scores, {WIDTH: thresholds[WIDTH]})
+        uncut = None
+        if self.compensate and any(others.values()):
+            before, after = vit.shape().blocks, self.shrink(vit.shape(), others).blocks
+            uncut = Uncut.of(
+                vit,
+                lambda marks: self.cut(marks, scores, others),
+                narrows_queries=any(
+                    0 < b.qk_dim < a.qk_dim for a, b in zip(before, after, strict=True)
+                ),
             )
+        self.cut(vit, scores, others)
+        return uncut
 
 
 _FIELDS = {

@@ -108,15 +108,15 @@ class WDPruning(LearnedPruner):
         """Start with all units kept and untrained exits."""
         return WDPruningLearner(self, vit, data.steps * self.total_epochs())
 
-    def cut_learned(self, vit: ViT, learned: Learned, thresholds: Thresholds) -> None:
-        """Take over the learned weights and cut; an exit that becomes the end classifies."""
+    def take_over(self, vit: ViT, learned: Learned, thresholds: Thresholds) -> None:
+        """Give a model the learned weights; an exit that becomes the end classifies."""
         blocks = self.shrink(vit.shape(), thresholds).blocks
         filled = [i + 1 for i, block in enumerate(blocks) if block.heads + block.hidden]
         end = f"exits.{max(filled, default=0)}."
         own = {n: t for n, t in learned.weights.items() if not n.startswith("exits.")}
         exits = {n: t for n, t in learned.weights.items() if n.startswith(end)}
         tensors = own | {n.removeprefix(end): t for n, t in exits.items()}
-        super().cut_learned(vit, Learned(scores=learned.scores, weights=tensors), thresholds)
+        super().take_over(vit, Learned(scores=learned.scores, weights=tensors), thresholds)
 
 
 class WDPruningLearner(UnitLearner):

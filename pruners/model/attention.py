@@ -33,6 +33,20 @@ class Attended(NamedTuple):
     key: Tensor
 
 
+class Mixed(NamedTuple):
+    """What attention computed, before it is projected.
+
+    Attributes:
+        output: [B, N, H * V], the values of all heads, mixed.
+        query: [B, H, N, K].
+        key: [B, H, N, K].
+    """
+
+    output: Tensor
+    query: Tensor
+    key: Tensor
+
+
 class Attention(nn.Module):
     """Self-attention over `heads` heads, with q/k of width `qk_dim` and v of width `v_dim`.
 
@@ -67,6 +81,11 @@ class Attention(nn.Module):
             policy: [B, N]; a key is seen to the degree of its policy, from 0 to 1, and always by
                 itself. See `softmax_with_policy`.
         """
+        mixed = self.mix(x, size, policy)
+        return Attended(self.proj_drop(self.proj(mixed.output)), mixed.query, mixed.key)
+
+    def mix(self, x: Tensor, size: Tensor | None, policy: Tensor | None) -> Mixed:
+        """Return what `proj` reads of x [B, N, D]; see `forward`."""
         qk, v_width = self.heads * self.qk_dim, self.heads * self.v_dim
         q, k, v = self.qkv(x).split([qk, qk, v_width], dim=-1)
         q = self.q_norm(self._by_head(q, self.qk_dim))  # [B, H, N, K]
@@ -77,8 +96,7 @@ class Attention(nn.Module):
             mixed = self._fused(q, k, v, bias)
         else:
             mixed = self._unfused(q, k, v, bias, policy)
-        mixed = mixed.transpose(1, 2).flatten(2)  # [B, N, H * V]
-        return Attended(self.proj_drop(self.proj(self.norm(mixed))), q, k)
+        return Mixed(self.norm(mixed.transpose(1, 2).flatten(2)), q, k)
 
     def _by_head(self, x: Tensor, width: int) -> Tensor:
         return x.unflatten(-1, (self.heads, width)).transpose(1, 2)

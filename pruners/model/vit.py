@@ -52,12 +52,20 @@ class Block(nn.Module):
         """Run the block; fewer tokens may leave than enter."""
         if self.front is not None:
             tokens = self.front(tokens)
+        return self.feed(self.attend(tokens))
+
+    def attend(self, tokens: Tokens) -> Tokens:
+        """Run the attention branch, and what reduces the tokens behind it."""
         if self.attn is not None and self.norm1 is not None and self.ls1 is not None:
             attended = self.attn(self.norm1(tokens.x), tokens.size, tokens.policy)
             branch = self.drop_path1(self.ls1(attended.output))
             tokens = tokens._replace(x=_add(tokens.x, branch, self.attn_rows))
             if self.middle is not None:
                 tokens = self.middle(tokens, attended, self.attn.scale)
+        return tokens
+
+    def feed(self, tokens: Tokens) -> Tokens:
+        """Run the MLP branch."""
         if self.mlp is not None and self.norm2 is not None and self.ls2 is not None:
             branch = self.drop_path2(self.ls2(self.mlp(self.norm2(tokens.x))))
             tokens = tokens._replace(x=_add(tokens.x, branch, self.mlp_rows))

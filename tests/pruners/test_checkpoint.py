@@ -15,7 +15,10 @@ from tests.models import TINY, images_for
 def pruned(tiny) -> PrunableViT:
     vit = tiny(img_size=(48, 32))
     units = load_method(
-        "grouped", criterion="magnitude", units=["head", "qk_dim", "v_dim", "neuron"]
+        "grouped",
+        criterion="magnitude",
+        units=["head", "qk_dim", "v_dim", "neuron"],
+        compensate=False,
     )
     thresholds = {
         "blocks.0.attn.head": 1.0,

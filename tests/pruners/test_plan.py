@@ -13,7 +13,7 @@ from tests.models import TINY, images_for
 
 
 def mixed_plan(units: float, tokens: float, weights: float) -> Plan:
-    grouped = load_method("grouped", criterion="magnitude")
+    grouped = load_method("grouped", criterion="magnitude", compensate=False)
     evit, magnitude = load_method("evit"), load_method("magnitude")
     shape = PrunableViT.from_state_dict(_STATE, **TINY).shape()
     steps, shares = [], ((grouped, units), (evit, tokens), (magnitude, weights))
@@ -68,7 +68,7 @@ def test_each_family_really_acts(tiny) -> None:
     plan = Plan(
         steps=(
             Step(
-                pruner=load_method("grouped", criterion="magnitude"),
+                pruner=load_method("grouped", criterion="magnitude", compensate=False),
                 thresholds={"blocks.1.mlp.neuron": 0.5},
             ),
             Step(pruner=load_method("evit"), thresholds={"blocks.1.token": 0.5}),
@@ -116,7 +116,7 @@ def test_units_and_tokens_of_a_masked_model_are_refused(tiny) -> None:
 def test_what_was_learned_is_used_instead_of_learning_again(tiny) -> None:
     vit = tiny()
     site = "blocks.0.mlp.neuron"
-    method = load_method("x_pruner")
+    method = load_method("x_pruner", compensate=False)
     step = Step(pruner=method, thresholds={site: 0.5})
     weights = {name: 2.0 * tensor for name, tensor in vit.vit.state_dict().items()}
     learned = Learned(scores={site: torch.arange(96.0).flip(0)}, weights=weights)
@@ -131,9 +131,8 @@ def test_known_scores_are_used_instead_of_scoring_again(tiny) -> None:
     vit, site = tiny(), "blocks.0.mlp.neuron"
     learned = Learned(scores={site: torch.arange(96.0).flip(0)})
     expected = vit.blocks[0].mlp.fc1.weight[:48].clone()
-    Plan(steps=(Step(pruner=load_method("grouped"), thresholds={site: 0.5}),)).apply(
-        vit, learned=learned
-    )
+    grouped = load_method("grouped", compensate=False)
+    Plan(steps=(Step(pruner=grouped, thresholds={site: 0.5}),)).apply(vit, learned=learned)
     assert torch.equal(vit.blocks[0].mlp.fc1.weight, expected)
 
 

@@ -55,7 +55,9 @@ def test_onnx_file_is_one_and_says_what_it_takes(tiny, tmp_path) -> None:
 def test_a_narrower_model_is_exported(args: dict, tiny, tmp_path) -> None:
     pytest.importorskip("onnxruntime")
     vit = tiny(patch_size=4, **args)
-    narrow = load_method("grouped", criterion="magnitude", units=("head", "width"))
+    narrow = load_method(
+        "grouped", criterion="magnitude", units=("head", "width"), compensate=False
+    )
     shares = {"width": 0.3, "blocks.1.attn.head": 0.4}
     Plan(
         steps=(

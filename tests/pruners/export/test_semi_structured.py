@@ -79,7 +79,7 @@ def test_other_patterns_are_refused(tiny) -> None:
 )
 def test_cut_neurons_fit_in_multiples(multiple: int, hidden: int, backends: set[str], tiny) -> None:
     vit = tiny(**WIDE)
-    grouped = load_method("grouped", criterion="magnitude", multiple=multiple)
+    grouped = load_method("grouped", criterion="magnitude", multiple=multiple, compensate=False)
     Plan(steps=(Step(pruner=grouped, thresholds={"blocks.0.mlp.neuron": 0.297}),)).apply(vit)
     masked(vit, "2:4", ("blocks.0.mlp.fc2",))
     assert vit.blocks[0].mlp.fc2.in_features == hidden

@@ -42,7 +42,7 @@ def perturbed(vit: PrunableViT) -> PrunableViT:
 
 
 def cut(vit: PrunableViT, units: dict[str, float], kinds: tuple[str, ...]) -> PrunableViT:
-    grouped = load_method("grouped", criterion="magnitude", units=kinds)
+    grouped = load_method("grouped", criterion="magnitude", units=kinds, compensate=False)
     masked = {"blocks.0.mlp.fc1": 0.5, "blocks.2.attn.qkv": 0.3}
     steps = (
         Step(pruner=grouped, thresholds=units),
@@ -121,7 +121,7 @@ def test_masked_weights_are_zeros_and_gone_blocks_are_left_out(tiny, tmp_path: P
 )
 def test_why_not(method: str, thresholds: dict[str, float], reason: str, tiny, tmp_path) -> None:
     vit = tiny()
-    options = {"criterion": "magnitude"} if method == "grouped" else {}
+    options = {"criterion": "magnitude", "compensate": False} if method == "grouped" else {}
     step = Step(pruner=load_method(method, **options), thresholds=thresholds)
     Plan(steps=(step,)).apply(vit)
     assert why_not(vit).startswith(reason)
@@ -132,7 +132,7 @@ def test_why_not(method: str, thresholds: dict[str, float], reason: str, tiny, t
 
 def test_why_not_widths_and_channels(tiny) -> None:
     vit = tiny()
-    pruner = load_method("grouped", criterion="magnitude", units=("v_dim",))
+    pruner = load_method("grouped", criterion="magnitude", units=("v_dim",), compensate=False)
     Plan(steps=(Step(pruner=pruner, thresholds={"blocks.1.attn.v_dim": 0.5}),)).apply(vit)
     assert "blocks.1 has q and k of width 8 but v of width 4" in why_not(vit)
     vit = tiny()

@@ -10,6 +10,7 @@ import torch
 
 from pruners import Plan, Step, cost_of, load_method
 from pruners.families.unit import UnitPruner
+from pruners.model.compensation import compensate
 from pruners.model.sites import KINDS, block_of
 from pruners.model.width import narrowed
 from tests.models import VARIANTS, images_for
@@ -46,7 +47,7 @@ class RandomUnits(UnitPruner):
 )
 def test_the_cut_gives_the_predicted_shape(units, variant: str, multiple: int, tiny) -> None:
     vit = tiny(**VARIANTS[variant])
-    pruner = RandomUnits(units=units, multiple=multiple)
+    pruner = RandomUnits(units=units, multiple=multiple, compensate=False)
     sites = list(pruner.sites(vit.shape()))
     shares = {site: 0.1 + 0.6 * i / len(sites) for i, site in enumerate(sites)}
     shares |= {site: 1.0 for site in sites if site.startswith("blocks.0.attn.heads.1.")}
@@ -72,8 +73,8 @@ def test_overlapping_kinds_are_refused() -> None:
 def test_the_width_goes_before_what_branches_write(tiny) -> None:
     with pytest.raises(ValueError, match="give 'width' without 'mlp_out'"):
         RandomUnits(units=("width", "mlp_out"))
-    vit, width = tiny(), RandomUnits(units=("width", "neuron"))
-    writes = RandomUnits(units=("attn_out",))
+    vit, width = tiny(), RandomUnits(units=("width", "neuron"), compensate=False)
+    writes = RandomUnits(units=("attn_out",), compensate=False)
     both = Plan(
         steps=(
             Step(pruner=width, thresholds={"width": 0.5}),
@@ -86,6 +87,22 @@ def test_the_width_goes_before_what_branches_write(tiny) -> None:
     with pytest.raises(ValueError, match="'width' is given for a network whose branches write to"):
         width.shrink(vit.shape(), {"width": 0.5})
     assert width.shrink(vit.shape(), {"blocks.0.mlp.neuron": 0.5}).blocks[0].hidden == 48
+
+
+def test_what_stays_takes_over_from_units_but_not_from_channels(tiny, batches) -> None:
+    """Compensation is that of a cut from the narrower model; a width alone needs no images."""
+    pruner = load_method("grouped", criterion="magnitude", units=("neuron", "width"))
+    neurons = {"blocks.0.mlp.neuron": 0.5, "blocks.2.mlp.neuron": 0.25}
+    vit, other, plain = tiny(), tiny(), tiny()
+    scores = pruner.score(vit, [])
+    Plan(steps=(Step(pruner=pruner, thresholds={"width": 0.25}),)).apply(other)
+    pruner.cut(plain, scores, {"width": 0.25, **neurons})
+    pruner.prune(vit, batches, {**neurons, "width": 0.25})
+    uncut = pruner.cut_scored(other, scores, neurons)
+    compensate(other, uncut, batches)
+    state = other.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in vit.state_dict().items())
+    assert not torch.equal(vit.blocks[0].mlp.fc2.weight, plain.blocks[0].mlp.fc2.weight)
 
 
 def test_one_channel_at_least_stays(tiny) -> None:

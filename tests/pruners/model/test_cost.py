@@ -34,7 +34,8 @@ def cut_everywhere(vit: PrunableViT) -> Plan:
     return Plan(
         steps=(
             Step(
-                pruner=load_method("grouped", criterion="magnitude", units=kinds), thresholds=units
+                pruner=load_method("grouped", criterion="magnitude", units=kinds, compensate=False),
+                thresholds=units,
             ),
             Step(
                 pruner=load_method("evit"),

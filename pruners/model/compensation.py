@@ -1,0 +1,283 @@
+"""Compensation of a unit cut: the weights that stay take over what those that went have said.
+
+The linear layers are solved anew, block by block from the front, each on what the already cut model
+gives it. Layers that write to the residual stream (proj, fc2) are brought by least squares toward
+the uncut model's stream behind the same branch. So a removed unit is predicted from those that
+stay, as in CORP (arXiv:2602.05243) and GRAIL (2602.23795), its mean goes into the bias, as in VBP
+(2507.12988), and what layers in front have left wrong is made up for, which these do not do. Layers
+that read the stream (qkv, fc1) are brought toward what they would say of the uncut model's. With
+inputs a of a layer W a + b, and e what its output lacks,
+
+    D, c = argmin mean |e - D a - c|^2 + damping * s |D|^2,    W += D,    b += c,
+
+s the mean variance of a. Without an error in front D is W_R S_RK (S_KK + damping * s I)^-1 of the
+units R that went and K that stay. q/k dims: see `pruners.model.logits`. What a removed branch wrote
+on average goes into the bias of the layer that wrote before it.
+
+Where tokens are reduced both streams are those of the cut model from there on, so that tokens are
+compared that are really there.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from pruners.model.attention import Attention
+from pruners.model.least_squares import Moments
+from pruners.model.logits import fold_keys
+from pruners.model.masks import apply_masks
+from pruners.model.numbered import numbered, query_rows
+from pruners.model.solved_layer import Layer, Writer
+from pruners.model.tokens import Tokens
+from pruners.model.types import Batches
+from pruners.model.vit import Block, ViT
+
+DAMPING = 1e-3
+"""Relative damping of the solves."""
+
+Advance = Callable[[Tokens], Tokens]
+Part = TypeVar("Part", Tensor, Block)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uncut:
+    """A model as it was before its units were cut.
+
+    Attributes:
+        vit: A copy of it.
+        query_rows: See `pruners.model.numbered.query_rows`; empty if no q/k dims go.
+    """
+
+    vit: ViT
+    query_rows: list[Tensor]
+
+    @classmethod
+    def of(cls, vit: ViT, cut: Callable[[ViT], None], *, narrows_queries: bool) -> Uncut:
+        """Remember a model that is not cut yet.
+
+        Args:
+            vit: The model.
+            cut: Cuts a model in place, as this one will be.
+            narrows_queries: Whether q/k dims go.
+        """
+        rows: list[Tensor] = []
+        if narrows_queries:
+            marks = numbered(vit)
+            with torch.no_grad():
+                cut(marks)
+            rows = query_rows(marks, vit)
+        return cls(vit=copy.deepcopy(vit), query_rows=rows)
+
+
+class _Streams(NamedTuple):
+    """A batch on its way through both models.
+
+    Attributes:
+        tokens: In the cut model.
+        whole: [B, N, D], the stream of the uncut one.
+    """
+
+    tokens: Tokens
+    whole: Tensor
+
+
+@torch.no_grad()
+def compensate(vit: ViT, uncut: Uncut, batches: Batches, damping: float = DAMPING) -> None:
+    """Move the weights that stay, in place, toward what the uncut model does.
+
+    Args:
+        vit: The model: units cut, tokens reduced, no weights masked but padding.
+        uncut: What it was before the units were cut.
+        batches: Calibration images; their labels are not used.
+        damping: Relative damping of the solves.
+
+    Raises:
+        ValueError: If there are no images, or a system cannot be solved; the message names its
+            layer.
+    """
+    device = next(vit.parameters()).device
+    with _evaluating(vit), _evaluating(uncut.vit):
+        streams = []
+        for images, _ in batches:
+            x = images.to(device)
+            streams.append(_Streams(Tokens(_exact(vit.embed(x))), _exact(uncut.vit.embed(x))))
+        if not streams:
+            raise ValueError(
+                "compensate is true, but there are no calibration images; give batches of images, "
+                "or compensate = false"
+            )
+        walk = _Walk(streams, damping)
+        pairs = list(zip(vit.blocks, uncut.vit.blocks, strict=True))
+        while pairs and pairs[-1][0].attn is None and pairs[-1][0].mlp is None:
+            pairs.pop()  # nothing is left behind that could make up for it
+        for index, (block, whole) in enumerate(pairs):
+            rows = uncut.query_rows[index] if uncut.query_rows else None
+            walk.through(f"blocks.{index}", block, whole, rows)
+    apply_masks(dict(vit.linears()), vit.masks)
+
+
+class _Walk:
+    """Goes through both models, block by block, and corrects the cut one.
+
+    Attributes:
+        streams: The batches, as far as they have come.
+        equal: Whether both streams are the same in every batch.
+        writer: Who wrote last to the streams as they are.
+    """
+
+    def __init__(self, streams: list[_Streams], damping: float) -> None:
+        """Start in front of the first block."""
+        self.streams, self.damping = streams, damping
+        self.equal = True
+        self.writer: Writer | None = None
+
+    def through(self, name: str, real: Block, dense: Block, rows: Tensor | None) -> None:
+        """Pass a block.
+
+        Args:
+            name: Its name.
+            real: The cut model's; its weights are corrected.
+            dense: The uncut model's.
+            rows: Where its q rows came from, [H', K'], if q/k dims were cut.
+        """
+        block, whole = _exact(real), _exact(dense)
+        if block.front is not None:
+            self._go(block.front, None)
+        if whole.attn is not None:
+            ahead = self._ahead(whole.attend)
+            self._attention(name, block, real, whole.attn, rows, ahead)
+            self._go(block.attend, ahead if block.middle is None else None)
+        if whole.mlp is not None:
+            ahead = self._ahead(whole.feed)
+            self._mlp(name, block, real, whole.mlp, ahead)
+            self._go(block.feed, ahead)
+
+    def _attention(
+        self,
+        name: str,
+        block: Block,
+        real: Block,
+        whole: Attention,
+        rows: Tensor | None,
+        ahead: list[Tensor],
+    ) -> None:
+        attn, norm, scale = block.attn, block.norm1, block.ls1
+        if attn is None or norm is None or scale is None or real.attn is None:
+            self._miss(ahead)
+            return
+        reader = Layer(f"{name}.attn.qkv", attn.qkv, real.attn.qkv)
+        if rows is not None and attn.qk_dim < whole.qk_dim:
+            inputs = (norm(s.tokens.x) for s in self.streams)
+            if not fold_keys(attn, whole, rows, inputs, self.damping):
+                raise reader.unsolvable(self.damping)
+            reader.store()
+        self._read(reader, norm)
+
+        def mixed(tokens: Tokens) -> Tensor:
+            return attn.mix(norm(tokens.x), tokens.size, tokens.policy).output
+
+        layer = Layer(f"{name}.attn.proj", attn.proj, real.attn.proj)
+        writer = Writer(layer, scale, block.attn_rows)
+        same = _equal(attn.qkv, whole.qkv) and _equal(attn.proj, whole.proj)
+        self._correct(writer, mixed, ahead, same)
+
+    def _mlp(self, name: str, block: Block, real: Block, whole: Mlp, ahead: list[Tensor]) -> None:
+        mlp, norm, scale = block.mlp, block.norm2, block.ls2
+        if mlp is None or norm is None or scale is None or real.mlp is None:
+            self._miss(ahead)
+            return
+
+        self._read(Layer(f"{name}.mlp.fc1", mlp.fc1, real.mlp.fc1), norm)
+
+        def neurons(tokens: Tokens) -> Tensor:
+            found: Tensor = mlp.norm(mlp.drop1(mlp.act(mlp.fc1(norm(tokens.x)))))
+            return found
+
+        layer = Layer(f"{name}.mlp.fc2", mlp.fc2, real.mlp.fc2)
+        writer = Writer(layer, scale, block.mlp_rows)
+        same = _equal(mlp.fc1, whole.fc1) and _equal(mlp.fc2, whole.fc2)
+        self._correct(writer, neurons, ahead, same)
+
+    def _ahead(self, branch: Advance) -> list[Tensor]:
+        """Return the uncut model's streams behind a branch of it, [B, N, D] each."""
+        return [branch(s.tokens._replace(x=s.whole)).x for s in self.streams]
+
+    def _go(self, advance: Advance, ahead: list[Tensor] | None) -> None:
+        """Let the cut model's tokens go on; without streams ahead both are the same from here."""
+        moved = [advance(s.tokens) for s in self.streams]
+        wanted = [tokens.x for tokens in moved] if ahead is None else ahead
+        self.streams = [_Streams(t, w) for t, w in zip(moved, wanted, strict=True)]
+        if ahead is None:
+            self.equal, self.writer = True, None
+
+    def _read(self, layer: Layer, norm: nn.Module) -> None:
+        """Let a layer that reads the stream say what it would say of the uncut model's."""
+        if self.equal:
+            return
+        moments = Moments()
+        for tokens, whole in self.streams:
+            a = norm(tokens.x)
+            lacks = layer.linear(norm(whole)) - layer.linear(a)
+            moments.add(a.flatten(0, 1), lacks.flatten(0, 1))
+        layer.solve(moments, self.damping)
+
+    def _correct(
+        self, writer: Writer, hidden: Callable[[Tokens], Tensor], ahead: list[Tensor], same: bool
+    ) -> None:
+        """Solve a layer; nothing is to do as long as nothing was cut."""
+        if not (self.equal and same):
+            moments = Moments()
+            for (tokens, _), wanted in zip(self.streams, ahead, strict=True):
+                a = hidden(tokens)
+                behind = writer.stream(writer.layer.linear(a), tokens.x)
+                moments.add(a.flatten(0, 1), writer.lacks(wanted, behind).flatten(0, 1))
+            writer.layer.solve(moments, self.damping)
+        self.equal = self.equal and same
+        self.writer = writer
+
+    def _miss(self, ahead: list[Tensor]) -> None:
+        """Put what a removed branch wrote on average into the bias of the layer before it."""
+        self.equal, writer = False, self.writer
+        if writer is None or writer.layer.linear.bias is None:
+            return
+        tokens = sum(wanted.shape[0] * wanted.shape[1] for wanted in ahead)
+        lacking = (
+            writer.lacks(wanted, s.tokens.x).double().sum(dim=(0, 1))
+            for s, wanted in zip(self.streams, ahead, strict=True)
+        )
+        bias = torch.stack(list(lacking)).sum(dim=0) / tokens
+        writer.layer.add(None, bias)
+        self.streams = [
+            s._replace(tokens=s.tokens._replace(x=writer.stream(bias.to(s.tokens.x), s.tokens.x)))
+            for s in self.streams
+        ]
+
+
+def _equal(layer: nn.Linear, other: nn.Linear) -> bool:
+    return torch.equal(layer.weight, other.weight.to(layer.weight))
+
+
+def _exact(part: Part) -> Part:
+    """Return a tensor, or a block, in float32 or float64: itself if it is."""
+    like = part if isinstance(part, Tensor) else next(part.parameters(), None)
+    if like is None or like.dtype in (torch.float32, torch.float64):
+        return part
+    return part.float() if isinstance(part, Tensor) else copy.deepcopy(part).float()
+
+
+@contextmanager
+def _evaluating(vit: ViT) -> Iterator[None]:
+    was_training = vit.training
+    vit.eval()
+    try:
+        yield
+    finally:
+        vit.train(was_training)
