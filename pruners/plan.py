@@ -12,6 +12,7 @@ from pruners.families.pruner import FAMILIES, Pruner, load_method
 from pruners.families.unit import UnitPruner
 from pruners.model.compensation import Uncut, compensate
 from pruners.model.shape import ViTShape
+from pruners.model.sites import WIDTH
 from pruners.model.types import Batches, Thresholds
 from pruners.model.vit import ViT
 from pruners.training.learner import LearningData
@@ -37,7 +38,7 @@ class Step:
                 "weight" if self.pruner.family == "weight" else site.rpartition(".")[2], []
             ).append(share)
         return f"{self.pruner.name}: " + ", ".join(
-            f"{k}s -{_percent(shares)}" for k, shares in kinds.items()
+            f"{k if k == WIDTH else f'{k}s'} -{_percent(shares)}" for k, shares in kinds.items()
         )
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from pruners import checkpoint
 from pruners.model.architecture import build, check_size
 from pruners.model.files import load_weights, read_safetensors
+from pruners.model.rotation import rotated
+from pruners.model.types import Batches
 from pruners.model.vit import ViT
 
 
@@ -68,6 +70,20 @@ class PrunableViT(ViT):
             raise ValueError(f"{error}; weights are those of {path}") from error
         load_weights(parts["vit"], state, source=str(path))
         return cls(**parts)
+
+    def rotated(self, batches: Batches) -> Self:
+        """Return a model that computes the same and loses little where its width is cut.
+
+        Its residual stream is turned to its principal directions: see `pruners.model.rotation`.
+
+        Args:
+            batches: Calibration images; their labels are not used.
+
+        Raises:
+            ValueError: If the model is cut, or has a part that does not compute the same in any
+                basis.
+        """
+        return rotated(self, batches)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -1,9 +1,9 @@
 """Subnets: physically smaller models whose weights are those of one dense model.
 
-Surgery selects rows and columns, masks zero, and reducers without parameters add nothing; so each
-parameter of a cut model is a part of the dense parameter of the same name, perhaps with zeros.
-Which part is read off a model whose parameters hold their own positions and which is cut in the
-same way; what a cut does inside need not be known.
+Surgery selects rows, columns and channels, masks zero, and reducers without parameters add nothing;
+so each parameter of a cut model is a part of the dense parameter of the same name, perhaps with
+zeros. Which part is read off a model whose parameters hold their own positions and which is cut in
+the same way; what a cut does inside need not be known.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pruners.families.pruner import Pruner
 from pruners.model.attention import Attention
 from pruners.model.numbered import numbered, positions_of
 from pruners.model.shape import BlockShape, ViTShape
-from pruners.model.sites import RAGGED, ragged_site
+from pruners.model.sites import RAGGED, WIDTH, ragged_site
 from pruners.model.types import Batches, Scores
 from pruners.model.vit import ViT
 from pruners.plan import Plan
@@ -46,8 +46,8 @@ class Subnet:
     """A smaller model that shares the weights of a dense model.
 
     Train it so: `refresh`, run `vit` forward and backward, `collect`; then step the optimiser of
-    the dense model. The gradients are those of the dense model with the cut units masked (slimmable
-    networks, Yu et al., 2019, arXiv:1812.08928).
+    the dense model. The gradients are those of the dense model with the cut units masked, and its
+    norms over the channels that stay (slimmable networks, Yu et al., 2019, arXiv:1812.08928).
 
     Attributes:
         vit: The smaller model, in the dense model's mode. Its weights are copies.
@@ -210,9 +210,16 @@ def _scores_left(
 
 def _unit_scores(own: Scores, vit: ViT, dense: ViTShape) -> Iterator[tuple[str, Tensor]]:
     """Yield (site, scores) of the heads, dims, neurons and channels that are left."""
+    patches = vit.vit.patch_embed.proj.weight.flatten(1)
+    channels = positions_of(patches[:, 0]) // patches.shape[1]
+    if WIDTH in own:
+        yield WIDTH, own[WIDTH][channels.to(own[WIDTH].device)]
     for index, (block, before) in enumerate(zip(vit.blocks, dense.blocks, strict=True)):
         name = f"blocks.{index}"
-        left = {f"{name}.attn.attn_out": block.attn_rows, f"{name}.mlp.mlp_out": block.mlp_rows}
+        left = {
+            f"{name}.{kind}": channels if rows is None else channels[rows]
+            for kind, rows in (("attn.attn_out", block.attn_rows), ("mlp.mlp_out", block.mlp_rows))
+        }
         if block.attn is not None:
             qk, v = _dims_left(block.attn, before, dense.dim)
             heads = v[:, 0] // before.v_dim
@@ -222,7 +229,7 @@ def _unit_scores(own: Scores, vit: ViT, dense: ViTShape) -> Iterator[tuple[str, 
         if block.mlp is not None:
             left[f"{name}.mlp.neuron"] = positions_of(block.mlp.fc1.weight[:, 0]) // dense.dim
         for site, units in left.items():
-            if site in own and units is not None:
+            if site in own:
                 yield site, own[site].flatten()[units.to(own[site].device)]
 
 

@@ -9,8 +9,10 @@ from tests import contract
 from tests.models import VARIANTS
 
 
-@pytest.fixture(params=method_names())
+@pytest.fixture(params=[*method_names(), "grouped width"])
 def pruner(request: pytest.FixtureRequest):
+    if request.param == "grouped width":
+        return load_method("grouped", units=("head", "neuron", "width"))
     return load_method(request.param)
 
 

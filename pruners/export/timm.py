@@ -8,6 +8,7 @@ express what is left of them.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import timm
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from pruners.model.attention import Attention
 from pruners.model.files import replace_file, write_tensors
+from pruners.model.norm import NarrowRMSNorm
 from pruners.model.vit import Block, ViT
 
 WEIGHTS, SCRIPT = "timm.safetensors", "load_timm.py"
@@ -93,13 +95,28 @@ def _state(vit: ViT) -> dict[str, Tensor]:
                 own[name] = own[name].clone()
                 own[name][: attn.heads * attn.qk_dim] *= factor
         state |= {f"blocks.{place}.{name}": tensor.contiguous() for name, tensor in own.items()}
+    for name, norm in _narrow_norms(vit):
+        state[f"{name}.weight"] = state[f"{name}.weight"] * norm.gain
     return state
+
+
+def _narrow_norms(vit: ViT) -> Iterator[tuple[str, NarrowRMSNorm]]:
+    """Yield (timm's name, norm) of those that count lost channels as zeros."""
+    places = {index: place for place, (index, *_) in enumerate(_kept(vit))}
+    for name, norm in vit.vit.named_modules():
+        if isinstance(norm, NarrowRMSNorm):
+            parts = name.split(".")
+            if parts[0] != "blocks":
+                yield name, norm
+            elif (place := places.get(int(parts[1]))) is not None:
+                yield f"blocks.{place}.{parts[2]}", norm
 
 
 def _script(vit: ViT) -> str:
     assert vit.arch is not None
     name, kept = vit.arch["name"], _kept(vit)
-    args = {key: value for key, value in vit.arch["args"].items() if key != "depth"}
+    own = {"depth", "embed_dim"}
+    args = {key: value for key, value in vit.arch["args"].items() if key not in own}
     return SCRIPT_TEXT.format(
         version=timm.__version__,
         imports="import timm\n" if name is not None else "",
@@ -114,7 +131,17 @@ def _script(vit: ViT) -> str:
         build="VisionTransformer(" if name is None else f"timm.create_model({name!r}, ",
         args="".join(f"{key}={value!r}, " for key, value in args.items()),
         weights=WEIGHTS,
+        eps="".join(
+            f"vit.{_indexed(name)}.eps = {norm.eps * norm.gain**2!r}\n"
+            for name, norm in _narrow_norms(vit)
+        ),
     )
+
+
+def _indexed(name: str) -> str:
+    """Return a module's name as Python reads it: `blocks[0].norm1` of `blocks.0.norm1`."""
+    first, *rest = name.split(".")
+    return ".".join([f"{first}[{rest[0]}]", *rest[1:]]) if rest else first
 
 
 SCRIPT_TEXT = '''"""Opens a pruned Vision Transformer with timm alone (written for timm {version}).
@@ -151,7 +178,7 @@ def block(depth, **args):
     return Block(depth=depth, **args)
 
 
-vit = {build}{args}depth=len(BLOCKS), block_fn=block)
-vit.load_state_dict(load_file(Path(__file__).with_name("{weights}")), strict=True)
+vit = {build}{args}embed_dim=DIM, depth=len(BLOCKS), block_fn=block)
+{eps}vit.load_state_dict(load_file(Path(__file__).with_name("{weights}")), strict=True)
 vit.eval()
 '''

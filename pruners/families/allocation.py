@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pruners.model.cost import cost_of
 from pruners.model.shape import ViTShape
+from pruners.model.sites import WIDTH
 
 
 def rank_globally(
@@ -104,6 +105,63 @@ def _lowest(
     if count is None:
         raise out_of_reach(macs, shrink(shares(ranking.numel())))
     return shares(count)
+
+
+def rank_with_width(
+    shape: ViTShape,
+    step_scores: dict[str, Tensor],
+    shrink: Callable[[ViTShape, dict[str, float]], ViTShape],
+    macs: float,
+) -> dict[str, float]:
+    """Cut channels and other units so that both lose the same share of all their scores.
+
+    Scores of a channel and of a head or a neuron do not compare (isomorphic pruning, Fang et al.,
+    2024, arXiv:2407.04616). So channels are ranked among themselves, the others as `rank_globally`
+    does, and what each kind loses is counted in its own scores. A stream in which much is in few
+    channels so becomes narrow, and one in which each channel counts alike stays wide.
+
+    Args:
+        shape: Shape before the cut.
+        step_scores: Site -> [n] scores of removing a first, second, ... unit, ascending; the
+            width's among them.
+        shrink: Shape, thresholds -> shape after the cut.
+        macs: Effective MACs to reach.
+
+    Returns:
+        Site -> share.
+
+    Raises:
+        ValueError: If even the largest cut is above the budget.
+    """
+    others = {site: scores for site, scores in step_scores.items() if site != WIDTH}
+
+    def lost(shares: Mapping[str, float]) -> float:
+        """Share of the scores of these sites that goes with their shares."""
+        cut = [step_scores[s][: round(x * len(step_scores[s]))].sum() for s, x in shares.items()]
+        total = sum(step_scores[site].sum().item() for site in shares)
+        return sum(part.item() for part in cut) / total if total > 0.0 else 0.0
+
+    def width(channels: int) -> dict[str, float]:
+        return {WIDTH: channels / shape.dim}
+
+    def rest(channels: int) -> dict[str, float] | None:
+        left = shrink(shape, width(channels))
+        if cost_of(left).effective_macs <= macs:
+            return dict.fromkeys(others, 0.0)
+        try:
+            return rank_globally(left, others, lambda shares: shrink(left, shares), macs)
+        except ValueError:  # the others get no further
+            return None
+
+    def balanced(channels: int) -> bool:
+        shares = rest(channels)
+        return shares is not None and lost(width(channels)) >= lost(shares)
+
+    channels = smallest(shape.dim - 1, balanced)
+    if channels is None:
+        least = {site: (len(scores) - 1) / len(scores) for site, scores in step_scores.items()}
+        raise out_of_reach(macs, shrink(shape, least))
+    return width(channels) | (rest(channels) or {})
 
 
 def same_share(

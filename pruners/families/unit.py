@@ -1,4 +1,4 @@
-"""The unit family: heads, head dims, MLP neurons, written channels and whole branches go."""
+"""The unit family: heads, head dims, neurons, channels, written channels, whole branches go."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pruners.families.allocation import rank_globally
+from pruners.families.allocation import rank_globally, rank_with_width
 from pruners.families.options import option
-from pruners.families.pruner import Pruner
+from pruners.families.pruner import Pruner, check_scores
 from pruners.model.attention import Attention
 from pruners.model.compensation import Uncut, compensate
 from pruners.model.ranking import cut_attention, cut_mlp, highest, slice_scores
 from pruners.model.shape import BlockShape, ViTShape, units_kept
-from pruners.model.sites import RAGGED, WHOLE, kind_of, ragged_site, unit_sites
+from pruners.model.sites import RAGGED, WHOLE, WIDTH, kind_of, ragged_site, unit_sites
 from pruners.model.surgery import (
     keep_attention_writes,
     keep_ragged_dims,
@@ -28,6 +28,7 @@ from pruners.model.surgery import (
 )
 from pruners.model.types import Batches, Scores, Thresholds
 from pruners.model.vit import ViT
+from pruners.model.width import keep_width, narrowed, writes_everywhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,9 @@ class UnitPruner(Pruner, abc.ABC):
     - `blocks.<i>.attn.attn_out` [D] and `blocks.<i>.mlp.mlp_out` [D]: residual channels that the
       branch no longer writes to;
     - `blocks.<i>.block` [1]: with a threshold of 1 both branches go, with a smaller one none.
+
+    `width` [D] are the channels of the residual stream, removed everywhere at once. There is no
+    such site where branches write to some channels only.
 
     Where q and k are normalised over a head's width, their dims stay and only v's go.
 
@@ -79,6 +83,12 @@ class UnitPruner(Pruner, abc.ABC):
                 f"give {alone[0]!r} without other dims"
                 + (" or heads" if alone[0] in RAGGED else "")
             )
+        writes = [unit for unit in self.units if unit.endswith("_out")]
+        if WIDTH in self.units and writes:
+            raise ValueError(
+                f"option units of {self.name} is {list(self.units)}; give {WIDTH!r} without "
+                f"{writes[0]!r}, which counts the channels that it cuts"
+            )
 
     @classmethod
     def kinds(cls) -> tuple[str, ...]:
@@ -87,7 +97,8 @@ class UnitPruner(Pruner, abc.ABC):
 
     def sites(self, shape: ViTShape) -> dict[str, int]:
         """Return the sites of the wanted kinds and their number of units (of dims: per head)."""
-        return {
+        width = WIDTH in self.units and writes_everywhere(shape)
+        return ({WIDTH: shape.dim} if width else {}) | {
             site: count
             for index, block in enumerate(shape.blocks)
             for kind in self.units
@@ -100,6 +111,11 @@ class UnitPruner(Pruner, abc.ABC):
         Raises:
             ValueError: For an unknown site or a share out of range.
         """
+        if WIDTH in thresholds and WIDTH in self.units and not writes_everywhere(shape):
+            raise ValueError(
+                f"threshold of {WIDTH!r} is given for a network whose branches write to some "
+                "channels only; cut the width before what branches write"
+            )
         super().check(shape, thresholds)
         for site, share in thresholds.items():
             if share == 1.0 and kind_of(site) not in WHOLE:
@@ -111,6 +127,7 @@ class UnitPruner(Pruner, abc.ABC):
     def shrink(self, shape: ViTShape, thresholds: Thresholds) -> ViTShape:
         """Return the shape with fewer units."""
         self.check(shape, thresholds)
+        shape = narrowed(shape, units_kept(shape.dim, thresholds.get(WIDTH, 0.0), self.multiple))
         blocks, nonzero = [], dict(shape.nonzero)
         for index, block in enumerate(shape.blocks):
             kept = dict(_units_kept(self, shape, block, index, thresholds))
@@ -128,8 +145,10 @@ class UnitPruner(Pruner, abc.ABC):
         return dataclasses.replace(shape, blocks=tuple(blocks), nonzero=nonzero)
 
     def allocate(self, shape: ViTShape, scores: Scores, macs: float) -> Thresholds:
-        """Rank all units of all sites together, by score per MAC."""
+        """Rank all units of all sites together, by score per MAC; the width by itself."""
         steps = {site: slice_scores(scores[site]) for site in self.sites(shape)}
+        if WIDTH in steps:
+            return rank_with_width(shape, steps, self.shrink, macs)
         return rank_globally(shape, steps, lambda shares: self.shrink(shape, shares), macs)
 
     def cut(self, vit: ViT, scores: Scores, thresholds: Thresholds) -> None:
@@ -137,6 +156,8 @@ class UnitPruner(Pruner, abc.ABC):
         before = vit.shape()
         target = self.shrink(before, thresholds)
         check_scores(self, before, scores, thresholds)
+        if target.dim < before.dim:  # first: what is masked or left unwritten has its final shape
+            keep_width(vit, highest(scores[WIDTH], target.dim))
         for index, (block, shape) in enumerate(zip(vit.blocks, target.blocks, strict=True)):
             if block.attn is not None and shape.heads == 0:
                 remove_attention(block)
@@ -162,33 +183,25 @@ class UnitPruner(Pruner, abc.ABC):
             compensate(vit, uncut, batches)
 
     def cut_scored(self, vit: ViT, scores: Scores, thresholds: Thresholds) -> Uncut | None:
-        """Cut in place; return what the model was, if what stays is to be compensated."""
+        """Cut in place; return what the model was, if what stays is to be compensated.
+
+        The width goes before: what stays is brought toward the model of that width.
+        """
+        others = {site: share for site, share in thresholds.items() if site != WIDTH}
+        if len(others) < len(thresholds):
+            self.cut(vit, scores, {WIDTH: thresholds[WIDTH]})
         uncut = None
-        if self.compensate:
-            before, after = vit.shape().blocks, self.shrink(vit.shape(), thresholds).blocks
+        if self.compensate and any(others.values()):
+            before, after = vit.shape().blocks, self.shrink(vit.shape(), others).blocks
             uncut = Uncut.of(
                 vit,
-                lambda marks: self.cut(marks, scores, thresholds),
+                lambda marks: self.cut(marks, scores, others),
                 narrows_queries=any(
                     0 < b.qk_dim < a.qk_dim for a, b in zip(before, after, strict=True)
                 ),
             )
-        self.cut(vit, scores, thresholds)
+        self.cut(vit, scores, others)
         return uncut
-
-
-def check_scores(pruner: Pruner, shape: ViTShape, scores: Scores, thresholds: Thresholds) -> None:
-    """Refuse scores of another network than the one that is cut.
-
-    Raises:
-        ValueError: That names the site.
-    """
-    for site, units in pruner.sites(shape).items():
-        if 0.0 < thresholds.get(site, 0.0) < 1.0 and scores[site].shape[-1] != units:
-            raise ValueError(
-                f"{pruner.name} has scores of {scores[site].shape[-1]} units at {site}, which has "
-                f"{units}; give scores of this network"
-            )
 
 
 _FIELDS = {

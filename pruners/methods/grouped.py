@@ -2,7 +2,9 @@
 
 The group of a unit is what surgery removes with it (Fang et al., 2023, arXiv:2301.12900): a head's
 q, k and v rows and its columns of proj; a q/k dim's row in q and in k; a v dim's row and its column
-of proj; a neuron's row of fc1 and its column of fc2. Biases are not scored.
+of proj; a neuron's row of fc1 and its column of fc2; a residual channel's columns of qkv and fc1
+and its rows of proj and fc2, over all blocks. Not scored are biases, nor of a channel its part of
+the embedding and the classifiers, which no weight method scores.
 """
 
 from __future__ import annotations
@@ -10,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pruners.families.pruner import load_method
 from pruners.families.unit import UnitPruner
 from pruners.families.weight import WeightPruner
 from pruners.model.attention import Attention
+from pruners.model.sites import WIDTH
 from pruners.model.types import Batches, Scores
 from pruners.model.vit import ViT
 
@@ -29,6 +33,11 @@ class Grouped(UnitPruner):
     """
 
     criterion: str = "taylor"
+
+    @classmethod
+    def kinds(cls) -> tuple[str, ...]:
+        """Heads, their dims, neurons, and the width."""
+        return (*super().kinds(), WIDTH)
 
     def __post_init__(self) -> None:
         """Check also that the criterion is a method that scores weights."""
@@ -51,7 +60,16 @@ class Grouped(UnitPruner):
                 rows, columns = (weights[f"blocks.{index}.mlp.{layer}"] for layer in ("fc1", "fc2"))
                 scores[f"blocks.{index}.mlp.neuron"] = rows.sum(1) + columns.sum(0)
         wanted = self.sites(vit.shape())
+        if WIDTH in wanted:
+            scores[WIDTH] = _width_scores(weights)
         return {site: score for site, score in scores.items() if site in wanted}
+
+
+def _width_scores(weights: Mapping[str, Tensor]) -> Tensor:
+    """Return the summed scores [D] of residual channels: what reads them and what writes them."""
+    columns = [w.sum(0) for site, w in weights.items() if site.endswith((".qkv", ".fc1"))]
+    rows = [w.sum(1) for site, w in weights.items() if site.endswith((".proj", ".fc2"))]
+    return torch.stack(columns + rows).sum(0)
 
 
 def _attention_scores(attn: Attention, weights: Mapping[str, Tensor], name: str) -> Scores:

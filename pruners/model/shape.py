@@ -46,7 +46,7 @@ class ViTShape:
     """A whole network: fixed sizes, and one `BlockShape` per block.
 
     Attributes:
-        dim: Width D of the residual stream.
+        dim: Width D of the residual stream, the channels that are left.
         image: Height and width of the input in pixels.
         patch: Height and width of a patch in pixels.
         channels: Input channels.

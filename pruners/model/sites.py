@@ -17,8 +17,12 @@ KINDS = {
     "neuron": "mlp",
     "mlp_out": "mlp",
     "block": "",
+    "width": "",
 }
 """Kind of unit -> the branch it belongs to."""
+
+WIDTH = "width"
+"""The one site of the kind `width`: residual channels of the whole network, in no block."""
 
 RAGGED = ("ragged_dim", "ragged_v_dim")
 WHOLE = ("head", "neuron", "block", *RAGGED)
@@ -32,7 +36,7 @@ def kind_of(site: str) -> str:
 
 
 def block_of(site: str) -> int:
-    """Return the number of the block that a site is in."""
+    """Return the number of the block that a site is in; every site but the width's is in one."""
     return int(site.split(".")[1])
 
 

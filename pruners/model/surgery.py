@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pruners.model.attention import Attention
 from pruners.model.shape import BlockShape, ViTShape
 from pruners.model.vit import Block, ViT
+from pruners.model.width import keep_width
 
 
 def keep_heads(attn: Attention, heads: Tensor) -> None:
@@ -143,12 +144,18 @@ def cut_to_shape(vit: ViT, shape: ViTShape) -> None:
     Which units stay does not matter: weights are loaded afterwards.
 
     Raises:
-        ValueError: If the model has fewer blocks, heads, dims or neurons than the shape.
+        ValueError: If the model has fewer blocks, channels, heads, dims or neurons than the shape.
     """
     if len(vit.blocks) != len(shape.blocks):
         raise ValueError(
             f"shape has {len(shape.blocks)} blocks; the architecture has {len(vit.blocks)}"
         )
+    if not 0 < shape.dim <= vit.vit.embed_dim:
+        raise ValueError(
+            f"dim of the shape is {shape.dim}; the architecture has {vit.vit.embed_dim} at most"
+        )
+    if shape.dim < vit.vit.embed_dim:
+        keep_width(vit, torch.arange(shape.dim))
     for index, (block, target) in enumerate(zip(vit.blocks, shape.blocks, strict=True)):
         _check_fits(block, target, f"blocks.{index}")
         if target.heads == 0:

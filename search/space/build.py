@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pruners import Plan, Step, ViTShape, load_method
 from pruners.families.learned import LearnedPruner
-from pruners.model.sites import RAGGED
+from pruners.families.unit import UnitPruner
+from pruners.model.sites import RAGGED, WIDTH
+from pruners.model.width import narrowed
 from search.space.deviating import ResidualStep
 from search.space.sampled import LayerStep, TiedStep
 from search.space.space import Space
@@ -57,6 +59,7 @@ def check_space(space: Space, cost: str) -> None:
     """
     _check_order(space)
     _check_padding(space)
+    _check_width(space)
     least = min(_least_cost(space, place) for place in range(max(1, len(space.learners))))
     if least > space.low:
         raise SweepError(
@@ -118,6 +121,25 @@ def _check_padding(space: Space) -> None:
                 f"steps hold {behind[0]} behind {step.label}, which may leave heads of "
                 f"different widths; give {step.label} other units, or no {behind[0]}"
             )
+
+
+def _check_width(space: Space) -> None:
+    """Refuse a token or weight step that does not take each width that a unit step may leave.
+
+    These are multiples of the step's `multiple`, so what takes the least of them takes all.
+    """
+    others = [step for step in space.steps if step.pruner.family != "unit"]
+    for step in space.steps:
+        if isinstance(step.pruner, UnitPruner) and WIDTH in step.pruner.sites(space.dense):
+            narrow = narrowed(space.dense, min(step.pruner.multiple, space.dense.dim))
+            for other in others:
+                try:
+                    other.pruner.shrink(narrow, dict.fromkeys(other.pruner.sites(narrow), 0.5))
+                except ValueError as error:
+                    raise SweepError(
+                        f"{step.label} has multiple = {step.pruner.multiple}, and may leave a "
+                        f"width that {other.label} does not take ({error}); give it another"
+                    ) from error
 
 
 def _least_cost(space: Space, place: int) -> float:

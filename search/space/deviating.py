@@ -10,7 +10,7 @@ from dataclasses import fields
 import numpy as np
 
 from pruners import ViTShape
-from pruners.model.sites import kind_of
+from pruners.model.sites import WIDTH, kind_of
 from search.space.allocation import unscored_allocation
 from search.space.step import Parameters, SpaceStep, branch, depth, last_block
 
@@ -88,17 +88,25 @@ class DeviatingStep(SpaceStep):
 
 
 class ResidualStep(DeviatingStep):
-    """Deviates by a slope over depth and a difference between MLP and attention."""
+    """Deviates by a slope over depth, a difference between MLP and attention, and the width."""
 
     def ranges(self, dense: ViTShape) -> dict[str, tuple[float, float]]:
-        """Return the bounds of `split` and `slope`, and of `mlp` where both branches are cut."""
+        """Return the bounds of `split` and `slope`, and of `mlp` and `width` where they are cut.
+
+        `mlp` is there where both branches are.
+        """
         ranges = {f"{self.label}.split": (0.0, 1.0), f"{self.label}.slope": (-1.0, 1.0)}
-        if len({branch(site) for site in self.pruner.sites(dense)} & {"attn", "mlp"}) == 2:
+        sites = self.pruner.sites(dense)
+        if len({branch(site) for site in sites} & {"attn", "mlp"}) == 2:
             ranges[f"{self.label}.mlp"] = (-1.0, 1.0)
+        if WIDTH in sites:
+            ranges[f"{self.label}.{WIDTH}"] = (-1.0, 1.0)
         return ranges
 
     def deviation(self, site: str, parameters: Parameters, last: int) -> float:
         """Return the deviation of a site, -2 to 2; `last` is the number of the last block."""
+        if site == WIDTH:
+            return float(parameters[f"{self.label}.{WIDTH}"])
         side = {"mlp": 1.0, "attn": -1.0}.get(branch(site), 0.0)
         slope = float(parameters[f"{self.label}.slope"])
         return slope * depth(site, last) + side * float(parameters.get(f"{self.label}.mlp", 0.0))

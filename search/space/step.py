@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from pruners import Pruner, ViTShape
 from pruners.families.learned import LearnedPruner
-from pruners.model.sites import KINDS, kind_of
+from pruners.model.sites import KINDS, WIDTH, block_of, kind_of
 from search.space.allocation import Allocation
 
 Parameters = dict[str, float | bool | str]
@@ -142,8 +142,8 @@ def last_block(dense: ViTShape) -> int:
 
 
 def depth(site: str, last: int) -> float:
-    """Return the depth of a site's block, from -1 (first block) to 1 (last)."""
-    return 2.0 * int(site.split(".")[1]) / last - 1.0
+    """Return the depth of a site's block, from -1 (first block) to 1 (last); 0 of the width."""
+    return 0.0 if site == WIDTH else 2.0 * block_of(site) / last - 1.0
 
 
 def branch(site: str) -> str:

@@ -76,6 +76,8 @@ def test_an_unknown_architecture_cannot_be_saved(tmp_path) -> None:
             lambda d: d["token_step"].update(method="magnitude", options={}),
             "give a token method",
         ),
+        (lambda d: d["shape"].update(dim=25), "dim of the shape is 25; the architecture has 24"),
+        (lambda d: d["shape"].update(dim=0), "dim of the shape is 0; the architecture has 24"),
         (lambda d: d["arch"]["args"].update(depth=4), "3 blocks; the architecture has 4"),
         (lambda d: d["shape"]["nonzero"].update(x=3), "nonzero has 'x', which is no layer"),
         (lambda d: d["shape"]["blocks"][1].update(heads=-1), r"heads of blocks\.1.* is -1; give"),

@@ -36,6 +36,28 @@ def test_any_plan_gives_the_shape_it_predicts(units: float, tokens: float, weigh
     assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
+BEHIND = {"evit": {}, "tome": {}, "cait_tokens": {}, "dynamic_vit": {}, "spvit": {}}
+BEHIND |= {"magnitude": {"pattern": "2:4"}, "cap": {}, "fast_cap": {}, "woodfisher": {}}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_methods_work_behind_a_narrower_model(name: str, tiny, batches, tmp_path) -> None:
+    vit, method = tiny(patch_size=4), load_method(name, **BEHIND[name])
+    narrow = load_method("grouped", units=("width",), multiple=4)
+    shape = narrow.shrink(vit.shape(), {"width": 0.5})
+    shares = dict.fromkeys(method.sites(shape), 0.5)
+    steps = (Step(pruner=narrow, thresholds={"width": 0.5}), Step(pruner=method, thresholds=shares))
+    predicted = Plan(steps=steps).shape(vit.shape())
+    Plan(steps=steps).apply(vit, batches)
+    assert vit.shape() == predicted
+    assert predicted.dim == 12
+    assert cost_of(predicted).params == sum(parameter.numel() for parameter in vit.parameters())
+    vit.save(tmp_path)
+    images = images_for(vit)
+    with torch.no_grad():
+        assert torch.equal(PrunableViT.load(tmp_path).eval()(images), vit.eval()(images))
+
+
 def test_each_family_really_acts(tiny) -> None:
     vit = tiny(img_size=(48, 32))
     seen: list[int] = []
@@ -131,17 +153,19 @@ def test_the_description_is_one_line_with_means_and_ranges() -> None:
         "blocks.0.attn.head": 0.25,
         "blocks.0.mlp.neuron": 0.1,
         "blocks.1.mlp.neuron": 0.5,
+        "width": 0.2,
     }
+    grouped = load_method("grouped", units=("head", "neuron", "width"))
     plan = Plan(
         steps=(
-            Step(pruner=load_method("grouped"), thresholds=thresholds),
+            Step(pruner=grouped, thresholds=thresholds),
             Step(pruner=load_method("evit"), thresholds={"blocks.0.token": 0.0}),
             Step(pruner=load_method("magnitude"), thresholds={"blocks.0.mlp.fc1": 0.5}),
         )
     )
     assert (
         plan.describe()
-        == "grouped: heads -25 %, neurons -30 % (10 to 50); magnitude: weights -50 %"
+        == "grouped: heads -25 %, neurons -30 % (10 to 50), width -20 %; magnitude: weights -50 %"
     )
     assert Plan().describe() == "dense"
 

@@ -24,6 +24,7 @@ from pruners.model.shape import units_kept
 from pruners.model.sites import KINDS, kind_of
 from pruners.model.types import Batches, Scores
 from pruners.subnet import Subnet, shared_scores
+from tests.masked_width import masked_logits
 from tests.models import VARIANTS, images_for
 
 ADDERS = ("cait_tokens", "dynamic_vit", "spvit")
@@ -332,6 +333,47 @@ def test_a_second_unit_step_has_the_scores_of_the_units_that_are_left(units, fir
     )
     scores = {p: random_scores(p, dense, 5 + i) for i, p in enumerate((one, two))}
     check_against_masks(dense, Plan(steps=(begin, again)), scores)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_are_those_of_masked_channels(variant: str, tiny) -> None:
+    dense, pruner = tiny(**VARIANTS[variant]).double(), AnyUnits(units=("width", "head", "neuron"))
+    plan, scores = some_plan(pruner, dense), random_scores(pruner, dense, 4)
+    subnet = Subnet(dense, plan, {pruner: scores})
+    with torch.no_grad():  # the subnet follows
+        for parameter in dense.parameters():
+            parameter.mul_(1.0 + 0.2 * torch.rand_like(parameter))
+    subnet.refresh()
+    dim = plan.shape(dense.shape()).dim
+    keep = best(scores["width"], torch.ones(24, dtype=torch.bool), dim)
+    masks, own = ByHand(dense, plan, {pruner: scores}).masks(), dict(dense.named_parameters())
+    masked = {n.removeprefix("vit."): p * masks[n] if n in masks else p for n, p in own.items()}
+    images = images_for(dense, 4).double()
+    weights = torch.randn(4, 5, generator=torch.Generator().manual_seed(8)).double()
+    expected, logits = masked_logits(dense, masked, images, keep), subnet.vit(images)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+    assert dim < 20
+    wanted = torch.autograd.grad((expected * weights).sum(), list(own.values()))
+    (logits * weights).sum().backward()
+    subnet.collect()
+    for (name, parameter), gradient in zip(own.items(), wanted, strict=True):
+        found = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+        torch.testing.assert_close(found, gradient, rtol=0, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("units", [("attn_out", "mlp_out"), ("width", "neuron")])
+def test_a_second_step_has_the_scores_of_the_channels_that_are_left(units, tiny) -> None:
+    dense, one, two = tiny(init_values=0.4), AnyUnits(units=("width",)), AnyUnits(units=units)
+    first, scores = {"width": 0.4}, {p: random_scores(p, dense, 5) for p in (one,)}
+    scores[two] = random_scores(two, dense, 6)
+    left = best(scores[one]["width"], torch.ones(24, dtype=torch.bool), 14).nonzero().flatten()
+    again = dict.fromkeys(two.sites(one.shrink(dense.shape(), first)), 0.5)
+    plan = Plan(steps=(Step(pruner=one, thresholds=first), Step(pruner=two, thresholds=again)))
+    subnet, cut = Subnet(dense, plan, scores), copy.deepcopy(dense)
+    one.cut(cut, scores[one], first)
+    two.cut(cut, {k: s[left] if len(s) == 24 else s for k, s in scores[two].items()}, again)
+    state = cut.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in subnet.vit.state_dict().items())
 
 
 @settings(max_examples=20, deadline=None)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from pruners import Plan, Step, load_method
 from pruners.export.onnx import agreement, agreement_of, export_program, write_onnx, write_program
 from tests.models import VARIANTS, cut, images_for
 
@@ -47,6 +48,26 @@ def test_onnx_file_is_one_and_says_what_it_takes(tiny, tmp_path) -> None:
         vit.vit.head.bias[3] -= 0.25  # the file does not follow
     difference = agreement(tmp_path / "model.onnx", vit, images_for(vit)).difference
     assert difference == pytest.approx(0.25, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("args", [{"qk_norm": True}, {"norm_layer": "rmsnorm"}], ids=str)
+def test_a_narrower_model_is_exported(args: dict, tiny, tmp_path) -> None:
+    pytest.importorskip("onnxruntime")
+    vit = tiny(patch_size=4, **args)
+    narrow = load_method(
+        "grouped", criterion="magnitude", units=("head", "width"), compensate=False
+    )
+    shares = {"width": 0.3, "blocks.1.attn.head": 0.4}
+    Plan(
+        steps=(
+            Step(pruner=narrow, thresholds=shares),
+            Step(pruner=load_method("tome"), thresholds={"blocks.0.token": 0.3}),
+        )
+    ).apply(vit)
+    assert vit.shape().dim == 17
+    write_onnx(vit, tmp_path / "model.onnx")
+    assert agreement(tmp_path / "model.onnx", vit, images_for(vit)).difference <= 1e-5
 
 
 @pytest.mark.slow

@@ -65,6 +65,17 @@ def models(tiny) -> dict[str, PrunableViT]:
     # q, k and v of fewer dims: the softmax scale is that of the whole width.
     dims = {f"blocks.{i}.attn.{kind}": 0.5 for i in (0, 2) for kind in ("qk_dim", "v_dim")}
     own["dims"] = cut(tiny(), dims, ("qk_dim", "v_dim"))
+    own["narrow"] = cut(tiny(qk_norm=True), {"width": 0.3}, ("width",))
+    own["narrow_rms"] = cut(
+        tiny(norm_layer="rmsnorm"), UNITS | {"width": 0.6}, ("head", "neuron", "width")
+    )
+    own["narrow_distilled"] = cut(
+        perturbed(
+            PrunableViT.from_timm("deit_tiny_distilled_patch16_224", pretrained=False, **named)
+        ),
+        UNITS | {"width": 0.4},
+        ("head", "neuron", "width"),
+    )
     own["empty"] = tiny()
     for block in own["empty"].blocks:
         remove_attention(block)

@@ -135,6 +135,7 @@ def test_each_kind_of_block_has_a_row(tiny) -> None:
         {"blocks.1.mlp.neuron": torch.rand(96), "blocks.2.attn.head": torch.rand(3)},
         {"blocks.1.mlp.neuron": 0.5, "blocks.2.attn.head": 1.0},
     )
+    load_method("grouped", units=("width",)).cut(vit, {"width": torch.rand(24)}, {"width": 0.5})
     table = measure_latency(vit, Passes(), [5, 7], rounds=2)
     assert table.kinds == (0, 1, 2)
     assert len(table.blocks_s) == 3

@@ -37,6 +37,37 @@ def test_scores_sum_the_weights_of_a_unit(criterion: str, tiny, batches) -> None
     assert attn.heads == 3
 
 
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor", "fisher"])
+def test_scores_of_channels_sum_what_reads_and_what_writes_them(
+    criterion: str, tiny, batches
+) -> None:
+    vit = tiny()
+    weights = load_method(criterion).score(vit, batches)
+    scores = load_method("grouped", criterion=criterion, units=("width",)).score(vit, batches)
+    assert list(scores) == ["width"]
+    for channel in (0, 7, 23):
+        total = 0.0
+        for index in range(3):
+            name = f"blocks.{index}"
+            total += weights[f"{name}.attn.qkv"][:, channel].sum()
+            total += weights[f"{name}.attn.proj"][channel].sum()
+            total += weights[f"{name}.mlp.fc1"][:, channel].sum()
+            total += weights[f"{name}.mlp.fc2"][channel].sum()
+        torch.testing.assert_close(scores["width"][channel], total)
+
+
+def test_the_channels_with_the_lowest_scores_go(tiny) -> None:
+    vit = tiny()
+    dense, grouped = copy.deepcopy(vit), load_method("grouped", units=("neuron", "width"))
+    scores = {"width": torch.randn(24), "blocks.1.mlp.neuron": torch.randn(96)}
+    grouped.cut(vit, scores, {"width": 0.75, "blocks.1.mlp.neuron": 0.5})
+    kept = scores["width"].argsort(descending=True)[:6].sort().values
+    neurons = scores["blocks.1.mlp.neuron"].argsort(descending=True)[:48].sort().values
+    assert torch.equal(vit.vit.head.weight, dense.vit.head.weight[:, kept])
+    fc1 = dense.blocks[1].mlp.fc1.weight[neurons][:, kept]
+    assert torch.equal(vit.blocks[1].mlp.fc1.weight, fc1)
+
+
 def test_the_units_with_the_lowest_scores_go(tiny) -> None:
     vit = tiny()
     grouped = load_method("grouped", criterion="magnitude", units=ALL)

@@ -158,6 +158,52 @@ def test_site_by_site_it_is_the_same_plan(space: Space) -> None:
     assert {type(step) for step in space.steps} == {ResidualStep}
 
 
+WIDTH = 'steps=[{method="grouped", units=["head", "neuron", "width"], space="KIND"}]'
+
+
+@pytest.mark.parametrize("kind", ["residual", "tied", "layer"])
+def test_plans_with_a_width_meet_their_budget(kind: str, sweep_file, tiny, batches) -> None:
+    sweep = load_sweep(sweep_file, [WIDTH.replace("KIND", kind)])
+    space = known_space(sweep, tiny(), batches)
+    found = proposals(space, 20)
+    assert len(found) >= 18
+    for proposal in found:
+        assert cost_of(proposal.plan.shape(space.dense)).macs == pytest.approx(
+            proposal.cost_ratio * space.dense_cost
+        )
+        assert proposal.cost_ratio == pytest.approx(proposal.parameters["budget"], rel=0.02)
+    assert len({proposal.plan.shape(space.dense).dim for proposal in found}) >= 4
+    for proposal in proposals(space.refined(), 3) if kind == "residual" else ():
+        assert -2.0 <= proposal.parameters["grouped.width"] <= 2.0
+
+
+def test_the_width_is_the_methods_own_and_deviates_from_it(sweep_file, tiny, batches) -> None:
+    vit = tiny()
+    space = known_space(load_sweep(sweep_file, [WIDTH.replace("KIND", "residual")]), vit, batches)
+    dense, finer, dims = space.dense, space.refined(), []
+    pruner = space.steps[0].pruner
+    for budget in (0.5, 0.9):
+        macs = budget * cost_of(dense).effective_macs
+        own = pruner.shrink(dense, pruner.allocate(dense, pruner.score(vit, batches), macs))
+        shape = space.propose({**space.ladder()[0], "budget": budget}).plan.shape(dense)
+        assert abs(shape.dim - own.dim) <= 1
+    for deviation in (-1.0, 0.0, 1.0):
+        parameters = {**space.ladder()[0], "budget": 0.6, "grouped.width": deviation}
+        proposal = space.propose(parameters)
+        assert finer.propose(space.by_site(parameters)).plan == proposal.plan
+        dims.append(proposal.plan.shape(dense).dim)
+    assert dims[0] > dims[1] > dims[2]
+
+
+@pytest.mark.parametrize("behind", ['method="dynamic_vit"', 'method="taylor", pattern="2:4"'])
+def test_a_width_that_a_later_step_does_not_take_is_refused(behind: str, sweep_file, tiny) -> None:
+    units = 'units=["neuron", "width"], multiple='
+    steps = f'steps=[{{method="grouped", {units}2}}, {{{behind}}}]'
+    with pytest.raises(SweepError, match=r"grouped has multiple = 2, and may leave a width that"):
+        build_space(load_sweep(sweep_file, [steps]), tiny().shape())
+    build_space(load_sweep(sweep_file, [steps.replace("2}, {", "4}, {")]), tiny().shape())
+
+
 def test_the_slope_runs_over_the_depth(space: Space) -> None:
     def shares(slope: float) -> list[float]:
         parameters = {**space.ladder()[0], "budget": 0.6, "magnitude.slope": slope}
