@@ -229,7 +229,18 @@ def model_tensors(vit: ViT) -> dict[str, Tensor]:
     return {name: t.detach().cpu().clone() for name, t in vit.vit.state_dict().items()}
 
 
-def standardised(scores: Tensor) -> Tensor:
-    """Return (scores [n] - mean) / standard deviation; zeros where all are equal."""
-    centred = scores - scores.mean()
-    return centred / centred.square().mean().sqrt().clamp_min(1e-12)
+def places(importance: Scores, costs: Mapping[str, float]) -> Scores:
+    """Return site -> [units], the cost of all units of less importance, and half of the unit's own.
+
+    So a threshold that is the same everywhere removes its own value of the cost.
+
+    Args:
+        importance: Site -> [units].
+        costs: Site -> cost of all its units together.
+    """
+    counts = [len(scores) for scores in importance.values()]
+    own = torch.cat([s.new_full((len(s),), costs[site] / len(s)) for site, s in importance.items()])
+    order = torch.cat(list(importance.values())).argsort(stable=True)
+    lower = torch.empty_like(own)
+    lower[order] = own[order].cumsum(0) - own[order] / 2
+    return dict(zip(importance, lower.split(counts), strict=True))
