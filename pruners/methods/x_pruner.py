@@ -11,15 +11,16 @@ below are known through re-implementations that cite them; what is silent is dec
   curvature (a proximal Newton step): what the loss does not feel goes first. The smoothness term
   is measured by the loss's own slopes for the same reason.
 - So that thresholds can be compared between layers, a unit's score is its place in the ranking of
-  all units: the share of the multiply-adds that ranks lower. The share to remove rises along a
-  line, so that the weights follow; each layer's threshold is that share, plus what it learns.
+  all units: the share of the multiply-adds that ranks lower.
+- The weight gamma of the budget's term (eqs. 10-11) is solved for in each step too: it is what
+  leaves R as it is. A common part of all thresholds keeps R at what is to be removed, which rises
+  along a line, so that the weights follow. Ascending multipliers need hundreds of steps for that.
 - The budget counts multiply-adds, not mask elements.
 - Rates are lengths per run and divided by its number of steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,11 +32,12 @@ from pruners.families.learned import (
     Learned,
     LearnedPruner,
     UnitLearner,
+    cutoff,
     model_tensors,
     places,
 )
 from pruners.families.options import option
-from pruners.model.class_masks import ClassMasks, falling, uneven_slope
+from pruners.model.class_masks import ClassMasks, falling
 from pruners.model.cost import cost_of
 from pruners.model.gates import add_gates, hard, linear_macs, remove_gates
 from pruners.model.sites import block_of
@@ -67,8 +69,8 @@ class XPruner(LearnedPruner):
     Stage 1 (`mask_epochs`): the network is frozen and runs with the mask row of each image's label;
     the loss is cross-entropy, with the mean of the masks held to the budget and `smoothness` times
     their summed absolute second differences. Stage 2 (`epochs`): the masks, summed over classes,
-    score the units, labels are no longer needed, and thresholds and weights train with the
-    multipliers of the budget ascended (eqs. 9-11).
+    score the units, labels are no longer needed, and thresholds and weights train under the budget
+    (eqs. 9-11).
 
     Rates with "per run" are divided by the number of steps, so that runs of 60 and of 600 steps get
     equally far.
@@ -85,20 +87,17 @@ class XPruner(LearnedPruner):
         distill: Share of the divergence from the dense model in the loss of stage 2.
         threshold_travel: How far a layer's threshold gets per run, at the peak of a rate that falls
             as a cosine; its unit is all of the multiply-adds.
-        multiplier_growth: Growth of beta and gamma per run whose gap to the budget stays 1. Gamma
-            sums the gap up and would overshoot with a large growth; beta damps.
     """
 
     budget: float = option(0.5, above=0.0, below=1.0)
     thresholds: Literal["learned", "global"] = "learned"
     classes: tuple[int, ...] = option((), low=0)
     mask_epochs: int = option(2, low=1)
-    newton: float = option(3.0, low=0.0)
+    newton: float = option(1.0, low=0.0)
     smoothness: float = option(1e-2, low=0.0)
     smooth_over: Literal["units", "classes"] = "units"
     distill: float = option(0.5, low=0.0, high=1.0)
     threshold_travel: float = option(0.5, low=0.0)
-    multiplier_growth: tuple[float, float] = option((5e3, 1e2), low=0.0)
 
     @classmethod
     def kinds(cls) -> tuple[str, ...]:
@@ -114,7 +113,7 @@ class XPruner(LearnedPruner):
         return self.mask_epochs + (self.epochs if self.thresholds == "learned" else 0)
 
     def learner(self, vit: ViT, data: LearningData) -> XPrunerLearner:
-        """Start with masks of ones and thresholds below every score."""
+        """Start with masks of ones and one threshold for all sites."""
         return XPrunerLearner(self, vit, data.steps)
 
 
@@ -124,13 +123,11 @@ class XPrunerLearner(UnitLearner):
     Attributes:
         sites: The sites, in the order of `masks` and `thresholds`.
         masks: Per site [C, H * V] or [C, F].
-        thresholds: [sites], by how much each site's lies above `removal`.
-        multipliers: [2], beta and gamma of eq. 11.
+        thresholds: [sites], by how much each site's lies above the common one.
+        costs: Site -> share of the dense multiply-adds that goes with all of its units.
         places: Site -> [units], see `places`; empty until stage 2.
         removal: Share of the multiply-adds that is to be gone by now.
     """
-
-    multipliers: Tensor
 
     def __init__(self, method: XPruner, vit: ViT, steps: int) -> None:
         """Put gates behind attention and behind the MLP's activation. An epoch has `steps`.
@@ -158,11 +155,10 @@ class XPrunerLearner(UnitLearner):
         widths = list(self.masks_per_unit.values())
         self.masks = ClassMasks(classes, list(units.values()), widths, self.device)
         self.thresholds = nn.Parameter(torch.zeros(len(self.sites), device=self.device))
-        self.register_buffer("multipliers", torch.zeros(2, device=self.device))
         self.places: Scores = {}
         self.removal = 0.0
         dense = cost_of(self.shape).effective_macs
-        self._macs = torch.stack([self._site_macs(site) for site in self.sites]) / dense
+        self.costs = {site: self._site_macs(site) / dense for site in self.sites}
         self.optimizers = {
             "weights": torch.optim.AdamW(decayed(vit.parameters(), 0.05), lr=method.lr),
             "thresholds": torch.optim.AdamW([self.thresholds], weight_decay=0.0),
@@ -174,8 +170,7 @@ class XPrunerLearner(UnitLearner):
         self.vit.requires_grad_(epoch >= first)
         if epoch < first:
             return
-        costs = dict(zip(self.sites, self._macs.tolist(), strict=True))
-        self.places = places(self.importance(), costs)
+        self.places = places(self.importance(), self.costs)
 
     def step(self, images: Tensor, labels: Tensor, progress: float) -> Tensor:
         """Train masks in stage 1, weights and thresholds in stage 2."""
@@ -217,9 +212,14 @@ class XPrunerLearner(UnitLearner):
         }
 
     def margins(self) -> Scores:
-        """Return site -> how far each unit's place lies above its site's threshold, [units]."""
-        thresholds = dict(zip(self.sites, self.removal + self.thresholds, strict=True))
-        return {site: place - thresholds[site] for site, place in self.places.items()}
+        """Return site -> how far each unit's place lies above its site's threshold, [units].
+
+        The common part of the thresholds is such that `removal` lies below.
+        """
+        own = dict(zip(self.sites, self.thresholds, strict=True))
+        raised = {site: place - own[site] for site, place in self.places.items()}
+        common = cutoff(raised, self.costs, self.removal)
+        return {site: place - common for site, place in raised.items()}
 
     def gate_values(self) -> Scores:
         """Return site -> hard gates [units], whose gradient is that of the tanh step."""
@@ -232,19 +232,15 @@ class XPrunerLearner(UnitLearner):
 
     def removed_macs(self, gates: Scores) -> Tensor:
         """Return R, the removed share of the dense multiply-adds, []."""
-        rates = torch.stack([1.0 - gates[site].mean() for site in self.sites])
-        return (rates * self._macs).sum()
+        parts = [self.costs[site] * (1.0 - gate.mean()) for site, gate in gates.items()]
+        return torch.stack(parts).sum()
 
-    def budget_loss(self, gap: Tensor) -> Tensor:
-        """Return beta gap^2 + gamma gap, [], of a gap alpha - R, []; alpha is to go (eq. 11)."""
-        return self.multipliers[0] * gap.square() + self.multipliers[1] * gap
-
-    @torch.no_grad()
-    def ascend(self, gap: Tensor) -> None:
-        """Move the multipliers up the budget's loss at a gap []; beta stays >= 0."""
-        beta, gamma = (growth / self.steps for growth in self.method.multiplier_growth)
-        self.multipliers += torch.stack([beta * gap.square(), gamma * gap])
-        self.multipliers[0].clamp_(min=0.0)
+    def hold_budget(self, removed: Tensor) -> None:
+        """Take out of the thresholds' gradient what would move R, `removed`, []."""
+        (slope,) = torch.autograd.grad(removed, self.thresholds)
+        assert self.thresholds.grad is not None
+        gamma = self.thresholds.grad @ slope / (slope @ slope).clamp_min(1e-12)
+        self.thresholds.grad -= gamma * slope
 
     def _train_masks(self, images: Tensor, labels: Tensor, progress: float) -> Tensor:
         self.vit.eval()
@@ -253,21 +249,14 @@ class XPrunerLearner(UnitLearner):
             gate.value = mask[labels].unsqueeze(1)  # [B, 1, units]
         loss = F.cross_entropy(self._logits(images), labels)
         slopes = torch.autograd.grad(loss, values)
-        images, steps = len(labels), self.mask_steps
-        self.masks.observe(slopes, images, steps)
-        self.masks.descend(self._smoothed(slopes), method.newton / steps, images * steps)
+        batch, steps = len(labels), self.mask_steps
+        self.masks.observe(slopes, batch, steps)
+        uneven = self.masks.uneven_slopes(slopes, method.smooth_over)
+        smooth = [s + method.smoothness * u for s, u in zip(slopes, uneven, strict=True)]
+        self.masks.descend(smooth, method.newton, batch, steps)
         if progress > FALL[0]:
-            self.masks.shrink(self._macs.tolist(), falling(progress, *FALL, method.budget))
+            self.masks.shrink(list(self.costs.values()), falling(progress, *FALL, method.budget))
         return loss
-
-    def _smoothed(self, slopes: Sequence[Tensor]) -> list[Tensor]:
-        """Add the slopes of the smoothness term to slopes [C, units] of each site."""
-        method, found = self.method, []
-        for site, mask, slope in zip(self.sites, self.masks.values, slopes, strict=True):
-            run = self.masks_per_unit[site] if site.endswith("head") else mask.shape[1]
-            pull = method.smoothness * slope.square().mean().sqrt()
-            found.append(slope + pull * uneven_slope(mask.detach(), run, method.smooth_over))
-        return found
 
     def _train_thresholds(self, images: Tensor, labels: Tensor, progress: float) -> Tensor:
         method = self.method
@@ -275,15 +264,14 @@ class XPrunerLearner(UnitLearner):
         gates = self.gate_values()
         for gate, site in zip(self._gates, self.sites, strict=True):
             gate.value = gates[site].repeat_interleave(self.masks_per_unit[site])
-        gap = self.removal - self.removed_macs(gates)
-        loss = self._task_loss(images, labels) + self.budget_loss(gap)
+        loss = self._task_loss(images, labels)
         weights, thresholds = self.optimizers["weights"], self.optimizers["thresholds"]
         factor = schedule_factor(int(1000 * progress), 1000, 0.05)
         set_lr(weights, method.lr * factor)
         set_lr(thresholds, method.threshold_travel / self.steps * factor)
         backward(loss, [weights, thresholds])
+        self.hold_budget(self.removed_macs(self.gate_values()))
         clip_and_step([weights, thresholds], self.vit.parameters())
-        self.ascend(gap)
         return loss
 
     def _task_loss(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -295,15 +283,14 @@ class XPrunerLearner(UnitLearner):
         with autocast(self.device, self.autocast):
             return self.vit(images).float()
 
-    def _site_macs(self, site: str) -> Tensor:
+    def _site_macs(self, site: str) -> float:
         """Multiply-adds that go with all units of a site."""
-        index = block_of(site)
-        block, zero = self.shape.blocks[index], torch.zeros((), device=self.device)
+        index, zero = block_of(site), torch.zeros(())
+        block = self.shape.blocks[index]
+        sizes = (zero, zero, zero + block.hidden)
         if site.endswith("head"):
             sizes = (zero + block.heads * block.qk_dim, zero + block.heads * block.v_dim, zero)
-        else:
-            sizes = (zero, zero, zero + block.hidden)
-        return linear_macs(self.shape, index, *sizes)
+        return linear_macs(self.shape, index, *sizes).item()
 
     def _width(self, site: str) -> int:
         """Mask values that one unit of a site has: a head has one per v dim."""

@@ -18,7 +18,8 @@ MEMORY = 0.25
 DAMPING = 0.05
 """What is added to each curvature, as a share of the site's mean: some batches know it badly."""
 RESOLUTION = 6.0
-"""Times 1 / images: curvature that is added to a Newton step. Noise then moves a mask by 0.2."""
+"""Times 1 / images: curvature added to a Newton step. Noise then moves a mask by 0.2 at most."""
+TINY = torch.finfo(torch.float32).tiny
 ITERATIONS = 8
 """Of the search for the pull, which end at it: the share falls little from step to step."""
 
@@ -67,23 +68,39 @@ class ClassMasks(nn.Module):
 
     def curvatures(self) -> list[Tensor]:
         """Return the damped curvature along each unit, [C, units] of each site; all above 0."""
-        floor = torch.finfo(torch.float32).tiny
-        return [s + (DAMPING * s.mean()).clamp_min(floor) for s in self.squares]
+        return [s + (DAMPING * s.mean()).clamp_min(TINY) for s in self.squares]
 
     @torch.no_grad()
-    def descend(self, slopes: Sequence[Tensor], step: float, images: int) -> None:
-        """Go a share of a Newton step down the slopes; no mask falls below 0, which is gone.
+    def uneven_slopes(self, slopes: Sequence[Tensor], over: str) -> list[Tensor]:
+        """Return the slopes of the masks' unevenness, in root mean squares of those of the loss.
+
+        Args:
+            slopes: Of the loss, [C, units * dims] of each site.
+            over: See `uneven_slope`.
+        """
+        found = []
+        for mask, slope, width in zip(self.values, slopes, self.dims, strict=True):
+            run = width if width > 1 else mask.shape[1]
+            found.append(slope.square().mean().sqrt() * uneven_slope(mask, run, over))
+        return found
+
+    @torch.no_grad()
+    def descend(self, slopes: Sequence[Tensor], newton: float, batch: int, steps: int) -> None:
+        """Go down the slopes by a step of a run; no mask falls below 0, where its unit is gone.
 
         Args:
             slopes: Of a batch's mean loss, [C, units * dims] of each site.
-            step: Share of a whole step.
-            images: Of the whole run. They tell a slope from noise where the curvature is some times
-                1 / images or more; the others hardly move.
+            newton: Newton steps that the whole run is long.
+            batch: Images of the batch.
+            steps: Batches of the run. Its images tell a slope from noise where the curvature is
+                some times 1 / images or more; other masks hardly move.
         """
-        parts = zip(self.values, slopes, self.squares, self.dims, strict=True)
-        for mask, slope, square, width in parts:
-            metric = (square + RESOLUTION / images).repeat_interleave(width, 1)
-            mask -= step * width * slope / metric
+        lost = RESOLUTION / (batch * steps)
+        for mask, slope, square, width in zip(
+            self.values, slopes, self.squares, self.dims, strict=True
+        ):
+            metric = (square + lost).clamp_min(TINY).repeat_interleave(width, 1)
+            mask -= newton / steps * width * slope / metric
             mask.clamp_(min=0.0)
 
     @torch.no_grad()

@@ -41,6 +41,44 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     assert {**resumed.report, "seconds": 0.0} == {**whole.report, "seconds": 0.0}
 
 
+def bright_batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Images whose class is their brightness, so that there is something to keep."""
+    generator = torch.Generator().manual_seed(4)
+    labels = torch.randint(5, (count, 8), generator=generator)
+    noise = torch.randn(count, 8, 3, 24, 16, generator=generator)
+    return [(n + y.view(-1, 1, 1, 1) - 2.0, y) for n, y in zip(noise, labels, strict=True)]
+
+
+REACHED = {
+    "x_pruner": "budget_reached",
+    "wdpruning": "remaining_params",
+    "uvc": "remaining_macs",
+    "cait_channels": "remaining_macs",
+}
+"""Method that learns for a budget -> the share that its report says is left."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "mlp_ratio"), [(12, 4.0), (120, 40.0)])
+@pytest.mark.parametrize("name", LEARNERS)
+def test_defaults_act_in_runs_of_ten_times_the_steps_and_neurons(
+    name: str, steps: int, mlp_ratio: float, tiny
+) -> None:
+    vit = tiny(depth=2, num_heads=6, mlp_ratio=mlp_ratio)
+    options = {"least_dims": 1} if name == "cait_channels" else {}  # heads here have 4 dims
+    data = LearningData.of(bright_batches(steps // 4))  # 4 epochs by default
+    learned = load_method(name, **options).learn(vit, data)
+    if name in REACHED:
+        within = 0.06 if steps > 12 else 0.1  # of blocks and heads, in 6 steps of search
+        assert learned.report[REACHED[name]] == pytest.approx(0.5, abs=within)
+    for site, scores in learned.scores.items():
+        if site.endswith("neuron"):  # units are told apart
+            assert len(scores.unique()) > len(scores) / 2, site
+    if name == "vit_slim":
+        assert -0.2 < learned.report["mask_mean"] < 0.9
+        assert learned.report["mask_std"] > 0.05
+
+
 def test_what_was_learned_survives_saving_and_weights_can_be_left(tiny, batches, tmp_path) -> None:
     vit, data = tiny(), LearningData.of(batches)
     learned = load_method("x_pruner", mask_epochs=1, epochs=1).learn(vit, data)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pruners.model.class_masks import (
-    DAMPING,
+    RESOLUTION,
     ClassMasks,
     falling,
     pull_to,
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 def observed(classes, units, dims, slopes) -> ClassMasks:
     masks = ClassMasks(classes, units, dims, CPU)
-    masks.observe(slopes, 40)
+    masks.observe(slopes, 8, 40)
     return masks
 
 
@@ -82,28 +82,49 @@ def test_the_pull_is_that_of_a_bisection_and_never_negative() -> None:
     assert pull_to(masks, rates, weights, 2.0 * left(0.0)) == 0.0
 
 
-def test_a_steady_slope_moves_a_unit_by_the_length_whatever_its_size() -> None:
-    heads, neurons = torch.full((2, 6), 0.5), torch.full((2, 4), -1e-3)
-    masks = observed(2, [2, 4], [3, 1], [heads, neurons])
-    masks.descend([heads, neurons], 0.1)
-    step = 0.1 / (1.0 + DAMPING) ** 0.5
-    for mask, moved in zip(masks.values, (1.0 - step, 1.0 + step), strict=True):
-        torch.testing.assert_close(mask.detach(), torch.full_like(mask, moved))
+def test_a_whole_newton_step_ends_at_the_minimum_whatever_a_units_size() -> None:
+    masks, curvature = ClassMasks(2, [2, 4], [3, 1], CPU), 0.7
+    for square in masks.squares:
+        square.fill_(curvature)
+    # 0.7 / 2 (m - 0.4)^2 of a unit, whose slope its dims share.
+    slopes = [
+        torch.full_like(v, curvature * 0.6 / n)
+        for v, n in zip(masks.values, masks.dims, strict=True)
+    ]
+    masks.descend(slopes, 1.0, 10**9, 1)
+    for mask in masks.values:
+        torch.testing.assert_close(mask.detach(), torch.full_like(mask, 0.4))
+    masks.descend([torch.ones_like(v) for v in masks.values], 1.0, 10**9, 1)
+    assert all(not mask.any() for mask in masks.values)  # harmful units go, and no further
+
+
+@pytest.mark.parametrize("sigma", [1e-4, 1e-2, 1.0, 100.0])
+@pytest.mark.parametrize(("images", "steps", "newton"), [(8, 40, 1.0), (16, 200, 3.0)])
+def test_pure_noise_moves_no_mask_far(sigma, images, steps, newton) -> None:
+    generator = torch.Generator().manual_seed(1)
+    masks = ClassMasks(4, [100], [1], CPU)
+    masks.squares[0].fill_(sigma**2)
+    for _ in range(steps):
+        slope = sigma / images**0.5 * torch.randn(4, 100, generator=generator)
+        masks.descend([slope], newton, images, steps)
+    largest = 0.5 * newton / RESOLUTION**0.5  # where sigma^2 = RESOLUTION / images of the run
+    assert masks.values[0].std() <= 1.1 * largest
+    assert abs(masks.values[0].mean() - 1.0) < 0.05
 
 
 def test_squares_are_a_plain_mean_first_and_remember_a_quarter_of_the_run() -> None:
     masks = ClassMasks(1, [1], [1], CPU)
     for slope in (1.0, 2.0, 3.0):
-        masks.observe([torch.tensor([[slope]])], 400)
-    assert masks.squares[0].item() == pytest.approx(14.0 / 3.0)
+        masks.observe([torch.tensor([[slope]])], 8, 400)
+    assert masks.squares[0].item() == pytest.approx(8 * 14.0 / 3.0)
     for _ in range(400):
-        masks.observe([torch.tensor([[0.0]])], 400)
-    assert 0.0 < masks.squares[0].item() < 14.0 / 3.0 * 0.05
+        masks.observe([torch.tensor([[0.0]])], 8, 400)
+    assert 0.0 < masks.squares[0].item() < 8 * 14.0 / 3.0 * 0.05
 
 
 def test_without_slopes_masks_still_shrink_and_stay_finite() -> None:
     masks = observed(2, [2, 3], [3, 1], [torch.zeros(2, 6), torch.zeros(2, 3)])
-    masks.descend([torch.zeros(2, 6), torch.zeros(2, 3)], 0.1)
+    masks.descend([torch.zeros(2, 6), torch.zeros(2, 3)], 1.0, 8, 40)
     masks.shrink([1.0, 1.0], 0.7)
     assert mean_cost(masks, [1.0, 1.0]) == pytest.approx(0.7, abs=1e-3)
 
