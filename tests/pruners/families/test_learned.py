@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pruners import cost_of, load_method, method_names
-from pruners.families.learned import Learned, LearnedPruner
+from pruners.families.learned import Learned, LearnedPruner, cutoff, places
 from pruners.training.learner import LearningData
 
 LEARNERS = [name for name in method_names() if isinstance(load_method(name), LearnedPruner)]
@@ -171,3 +171,31 @@ def test_another_budget_is_another_method_where_it_matters() -> None:
     assert ranked.for_budget(0.7) == ranked
     with pytest.raises(ValueError, match=r"option budget of x_pruner is 1\.5"):
         method.for_budget(1.5)
+
+
+def some_units() -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Importances of two sites, and what their units cost together: 0.1 and 0.2 each."""
+    importance = {"a": torch.tensor([0.9, 0.1, 0.4]), "b": torch.tensor([0.5, 0.2])}
+    return importance, {"a": 0.3, "b": 0.4}
+
+
+def test_a_units_place_is_the_cost_that_ranks_lower_and_half_its_own() -> None:
+    importance, costs = some_units()
+    found = places({site: 1e3 * scores for site, scores in importance.items()}, costs)
+    torch.testing.assert_close(found["a"], torch.tensor([0.65, 0.05, 0.35]))
+    torch.testing.assert_close(found["b"], torch.tensor([0.5, 0.2]))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.1, 0.29, 0.3, 0.5, 0.7, 2.0])
+def test_below_the_cutoff_lies_the_largest_set_of_lowest_units_within_a_share(share: float) -> None:
+    importance, costs = some_units()
+    limit = cutoff(importance, costs, share)
+    ranked = sorted(
+        (score.item(), costs[site] / len(scores))
+        for site, scores in importance.items()
+        for score in scores
+    )
+    wanted = [sum(c for _, c in ranked[: n + 1]) <= share + 1e-9 for n in range(len(ranked))]
+    assert [score < limit for score, _ in ranked] == wanted
+    raised = cutoff({site: scores + 3.0 for site, scores in importance.items()}, costs, share)
+    torch.testing.assert_close(raised, limit + 3.0)
