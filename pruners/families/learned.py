@@ -238,7 +238,40 @@ def model_tensors(vit: ViT) -> dict[str, Tensor]:
     return {name: t.detach().cpu().clone() for name, t in vit.vit.state_dict().items()}
 
 
-def standardised(scores: Tensor) -> Tensor:
-    """Return (scores [n] - mean) / standard deviation; zeros where all are equal."""
-    centred = scores - scores.mean()
-    return centred / centred.square().mean().sqrt().clamp_min(1e-12)
+def places(importance: Scores, costs: Mapping[str, float]) -> Scores:
+    """Return site -> [units], the cost of all units of less importance, and half of the unit's own.
+
+    So a threshold that is the same everywhere removes its own value of the cost.
+
+    Args:
+        importance: Site -> [units].
+        costs: Site -> cost of all its units together.
+    """
+    flat, own = _by_unit(importance, costs)
+    order = flat.argsort(stable=True)
+    lower = torch.empty_like(own)
+    lower[order] = own[order].cumsum(0) - own[order] / 2
+    counts = [len(scores) for scores in importance.values()]
+    return dict(zip(importance, lower.split(counts), strict=True))
+
+
+@torch.no_grad()
+def cutoff(scores: Scores, costs: Mapping[str, float], share: float) -> Tensor:
+    """Return the score below which units lie that cost a share together, or just less; [].
+
+    Args:
+        scores: Site -> [units].
+        costs: Site -> cost of all its units together.
+        share: In the unit of the costs.
+    """
+    flat, own = _by_unit(scores, costs)
+    ascending, order = flat.sort(stable=True)
+    count = torch.searchsorted(own[order].cumsum(0), share * (1.0 + 1e-6), right=True)
+    ends = torch.cat([ascending[:1] - 1.0, ascending, ascending[-1:] + 1.0])
+    return (ends[count] + ends[count + 1]) / 2.0
+
+
+def _by_unit(scores: Scores, costs: Mapping[str, float]) -> tuple[Tensor, Tensor]:
+    """Return all units' scores and costs, [units of all sites] each."""
+    own = [s.new_full((len(s),), costs[site] / len(s)) for site, s in scores.items()]
+    return torch.cat(list(scores.values())), torch.cat(own)

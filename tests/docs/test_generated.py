@@ -48,7 +48,7 @@ def test_bounds_of_options_are_those_of_the_methods() -> None:
     section = text_of("docs/method-options.md").partition("\n## x_pruner\n")[2]
     assert "| `budget` | number, > 0, < 1 | `0.5` |" in section
     assert "| `mask_epochs` | integer, >= 1 | `2` |" in section
-    assert "| `multiplier_lr` | list of 2, each number, >= 0 | `[10.0, 0.1]` |" in section
+    assert "| `classes` | list of integer, >= 0 | `[]` |" in section
 
 
 def test_the_map_names_the_folders_that_exist(generate: dict[str, Any]) -> None:

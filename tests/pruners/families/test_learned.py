@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pruners import cost_of, load_method, method_names
-from pruners.families.learned import Learned, LearnedPruner
+from pruners.families.learned import Learned, LearnedPruner, cutoff, places
 from pruners.training.learner import LearningData
 
 LEARNERS = [name for name in method_names() if isinstance(load_method(name), LearnedPruner)]
@@ -39,6 +39,44 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     assert all(torch.equal(resumed.scores[s], whole.scores[s]) for s in whole.scores)
     assert all(torch.equal(resumed.weights[n], whole.weights[n]) for n in whole.weights)
     assert {**resumed.report, "seconds": 0.0} == {**whole.report, "seconds": 0.0}
+
+
+def bright_batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Images whose class is their brightness, so that there is something to keep."""
+    generator = torch.Generator().manual_seed(4)
+    labels = torch.randint(5, (count, 8), generator=generator)
+    noise = torch.randn(count, 8, 3, 24, 16, generator=generator)
+    return [(n + y.view(-1, 1, 1, 1) - 2.0, y) for n, y in zip(noise, labels, strict=True)]
+
+
+REACHED = {
+    "x_pruner": "budget_reached",
+    "wdpruning": "remaining_params",
+    "uvc": "remaining_macs",
+    "cait_channels": "remaining_macs",
+}
+"""Method that learns for a budget -> the share that its report says is left."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "mlp_ratio"), [(12, 4.0), (120, 40.0)])
+@pytest.mark.parametrize("name", LEARNERS)
+def test_defaults_act_in_runs_of_ten_times_the_steps_and_neurons(
+    name: str, steps: int, mlp_ratio: float, tiny
+) -> None:
+    vit = tiny(depth=2, num_heads=6, mlp_ratio=mlp_ratio)
+    options = {"least_dims": 1} if name == "cait_channels" else {}  # heads here have 4 dims
+    data = LearningData.of(bright_batches(steps // 4))  # 4 epochs by default
+    learned = load_method(name, **options).learn(vit, data)
+    if name in REACHED:
+        within = 0.06 if steps > 12 else 0.1  # of blocks and heads, in 6 steps of search
+        assert learned.report[REACHED[name]] == pytest.approx(0.5, abs=within)
+    for site, scores in learned.scores.items():
+        if site.endswith("neuron"):  # units are told apart
+            assert len(scores.unique()) > len(scores) / 2, site
+    if name == "vit_slim":
+        assert -0.2 < learned.report["mask_mean"] < 0.9
+        assert learned.report["mask_std"] > 0.05
 
 
 def test_what_was_learned_survives_saving_and_weights_can_be_left(tiny, batches, tmp_path) -> None:
@@ -133,3 +171,31 @@ def test_another_budget_is_another_method_where_it_matters() -> None:
     assert ranked.for_budget(0.7) == ranked
     with pytest.raises(ValueError, match=r"option budget of x_pruner is 1\.5"):
         method.for_budget(1.5)
+
+
+def some_units() -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Importances of two sites, and what their units cost together: 0.1 and 0.2 each."""
+    importance = {"a": torch.tensor([0.9, 0.1, 0.4]), "b": torch.tensor([0.5, 0.2])}
+    return importance, {"a": 0.3, "b": 0.4}
+
+
+def test_a_units_place_is_the_cost_that_ranks_lower_and_half_its_own() -> None:
+    importance, costs = some_units()
+    found = places({site: 1e3 * scores for site, scores in importance.items()}, costs)
+    torch.testing.assert_close(found["a"], torch.tensor([0.65, 0.05, 0.35]))
+    torch.testing.assert_close(found["b"], torch.tensor([0.5, 0.2]))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.1, 0.29, 0.3, 0.5, 0.7, 2.0])
+def test_below_the_cutoff_lies_the_largest_set_of_lowest_units_within_a_share(share: float) -> None:
+    importance, costs = some_units()
+    limit = cutoff(importance, costs, share)
+    ranked = sorted(
+        (score.item(), costs[site] / len(scores))
+        for site, scores in importance.items()
+        for score in scores
+    )
+    wanted = [sum(c for _, c in ranked[: n + 1]) <= share + 1e-9 for n in range(len(ranked))]
+    assert [score < limit for score, _ in ranked] == wanted
+    raised = cutoff({site: scores + 3.0 for site, scores in importance.items()}, costs, share)
+    torch.testing.assert_close(raised, limit + 3.0)

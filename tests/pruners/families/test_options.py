@@ -70,10 +70,9 @@ def test_every_number_has_bounds(name: str) -> None:
     [
         ("vit_slim", "keep_weights", "false", "is 'false'; give true or false"),
         ("uvc", "epochs", 2.5, "is 2.5; give a whole number, at least 1"),
-        ("x_pruner", "mask_lr", -1, "is -1; give a number, at least 0"),
-        ("x_pruner", "sparsity", math.nan, "is nan; give a number, at least 0"),
+        ("x_pruner", "newton", -1, "is -1; give a number, at least 0"),
+        ("x_pruner", "smoothness", math.nan, "is nan; give a number, at least 0"),
         ("x_pruner", "classes", ["cat"], r"is \['cat'\]; give a list, each a whole number, at le"),
-        ("x_pruner", "multiplier_lr", [1.0], r"is \[1.0\]; give a list of 2, each a number, at"),
         ("cait_channels", "ramp", 0.01, "is 0.01; give a number, from 0.05 to 1"),
         ("x_pruner", "budget", 1, "is 1; give a number, 0 < budget < 1"),
         ("obd", "seed", 2**60, f"give a whole number, from 0 to {LARGEST_SEED}"),
@@ -87,7 +86,7 @@ def test_the_error_says_what_would_be_right(name: str, key: str, value: object, 
 def test_a_whole_number_is_a_number_and_stays_as_it_was_given() -> None:
     assert load_method("vit_slim", travel=4).options()["travel"] == 4
     assert load_method("vit_slim", travel=4) == load_method("vit_slim", travel=4.0)
-    assert load_method("x_pruner", multiplier_lr=[3, 0.5]).options()["multiplier_lr"] == (3, 0.5)
+    assert load_method("x_pruner", classes=[3, 1]).options()["classes"] == (3, 1)
 
 
 @pytest.mark.parametrize(

@@ -56,15 +56,16 @@ def test_masks_start_at_one_and_those_of_patches_at_tanh_3(tiny, batches) -> Non
 
 
 def test_the_penalty_has_the_papers_gradient(tiny, batches) -> None:
-    _, learner = fresh(tiny(), batches, units=ALL, attn_l1=0.3, mlp_l1=0.2, patch_l1=0.1)
+    _, learner = fresh(tiny(), batches, units=ALL, attn_pull=0.3, mlp_pull=0.2, patch_pull=0.1)
     spread_out(learner)
     with torch.no_grad():
         learner.dims["1"][2, 3] = -0.4
     learner.penalty().backward()
-    for z, weight in ((learner.dims["1"], 0.3), (learner.neurons["0"], 0.2)):
+    # Each weight is spread over all masks of its kind: 3 x 24 dims, 3 x 96 neurons, 2 x 6 patches.
+    for z, weight in ((learner.dims["1"], 0.3 / 72), (learner.neurons["0"], 0.2 / 288)):
         torch.testing.assert_close(z.grad, weight * z.detach().sign())
     z = learner.patches["2"]
-    torch.testing.assert_close(z.grad, 0.1 * (1.0 - torch.tanh(z.detach()).square()))
+    torch.testing.assert_close(z.grad, 0.1 / 12 * (1.0 - torch.tanh(z.detach()).square()))
 
 
 def test_without_a_task_all_masks_shrink_alike(tiny, batches, monkeypatch) -> None:
@@ -84,7 +85,7 @@ def test_a_dead_neuron_falls_fastest_and_a_useful_one_stays(tiny) -> None:
     noise = torch.randn(40, 16, 3, 24, 16, generator=generator)
     data = [(n + y.view(-1, 1, 1, 1) - 2.0, y) for n, y in zip(noise, labels, strict=True)]
     vit = tiny()
-    method = load_method("vit_slim", epochs=1, mlp_l1=2e-3, attn_l1=8e-3, travel=0.6)
+    method = load_method("vit_slim", epochs=1, mlp_pull=0.58, attn_pull=0.58, travel=0.6)
     warmed = copy.deepcopy(vit)
     optimizer = torch.optim.Adam(warmed.parameters(), lr=3e-3)
     for images, y in data[:30]:
@@ -287,7 +288,7 @@ def test_a_model_with_chosen_patches_survives_saving(tiny, batches, tmp_path) ->
 
 
 def test_wrong_options_are_refused() -> None:
-    for option in ("attn_l1", "mlp_l1", "patch_l1"):
+    for option in ("attn_pull", "mlp_pull", "patch_pull"):
         with pytest.raises(ValueError, match=f"option {option} of vit_slim is -1"):
             load_method("vit_slim", **{option: -1.0})
     with pytest.raises(ValueError, match="option travel of vit_slim is 0"):
