@@ -1,9 +1,9 @@
 """PiToMe: protect informative tokens before merging (Tran et al., 2024, arXiv:2405.16148).
 
 Re-implemented from the paper and its code; no parameters, no training needed. The energy is the
-code's ELU(cos - margin), which is continuous at the margin. Departures: how many patches are merged
-in a block is the plan's (the paper keeps one ratio in all blocks), the prefix tokens take no part,
-and stay in front.
+code's ELU(cos - margin), which is continuous at the margin (the paper's is cos above it).
+Departures: how many patches are merged in a block is the plan's (the paper keeps one ratio in all
+blocks); the prefix tokens take no part, and stay in front.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class PiToMe(MergingPruner):
             0 behind the last one.
     """
 
-    margin: float = option(0.75, low=-1.0, high=1.0)
+    margin: float = option(0.9, low=-1.0, high=1.0)
 
     def reducer(self, shape: ViTShape, index: int, merged: int) -> MergingReducer:
         """Return a module that merges `merged` patches behind the attention of block `index`."""
