@@ -95,8 +95,8 @@ def attention_received(attended: Attended, scale: float, size: Tensor | None) ->
 def attraction(x: Tensor, received: Tensor, size: Tensor, first: int, method: MCTF) -> Tensor:
     """Return the logarithm of the attraction between the patches of A and of B, [B, |A|, |B|].
 
-    Lee et al. (2024), equations 3 to 6. The code scales 1 / a and 1 / s to a largest value of 1,
-    which adds the same number to all logarithms of an image.
+    Lee et al. (2024), section 3.2. The code scales 1 / a and 1 / s to a largest value of 1, which
+    adds the same number to all logarithms of an image.
 
     Args:
         x: [B, P, D], the patches.

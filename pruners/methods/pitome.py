@@ -77,7 +77,9 @@ def energy(cosines: Tensor, margin: float) -> Tensor:
 
 @torch.no_grad()
 def ordered_match(keys: Tensor, merged: int, margin: float, prefix: int) -> Merges:
-    """Find the patches to merge by energy-ordered bipartite matching (Tran et al., algorithm 1).
+    """Find the patches to merge by bipartite matching in the order of their energies.
+
+    The matching of the authors' code: alternate patches of that order are A and B, and all of A go.
 
     Args:
         keys: [B, P, K] of the patches, averaged over heads.

@@ -22,7 +22,7 @@ def attended(keys: Tensor) -> Attended:
 
 
 def energies_by_loops(keys: Tensor, margin: float) -> list[float]:
-    """Energies of patches [P, K], in float64, as equation 4 and the authors' code have them."""
+    """Energies of patches [P, K], in float64, as the authors' code has them."""
     found = []
     for own in keys.double():
         total = 0.0
@@ -47,7 +47,7 @@ def test_energies_are_the_papers(margin: float) -> None:
 @pytest.mark.parametrize("prefix", [0, 1, 2])
 @pytest.mark.parametrize("merged", [1, 3, 4])
 def test_the_matching_is_the_papers(prefix: int, merged: int) -> None:
-    """Algorithm 1, written out with loops in float64."""
+    """Written out with loops in float64."""
     patches, margin = 9, 0.3
     keys, x = torch.randn(4, prefix + patches, 5), torch.randn(4, prefix + patches, 3)
     size = torch.randint(1, 4, (4, prefix + patches)).float()
