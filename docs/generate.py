@@ -40,6 +40,13 @@ PARTS = {
 }
 """Key of a sweep -> what the table of that name holds, in the order of the page."""
 
+BUDGETS = {
+    "budget": "`[low, high]`, 0 < low < high <= 1",
+    "budget_gmacs": "`[low, high]`, 0 < low < high",
+    "budget_of": "string, or list of 2 strings",
+}
+"""Key of a budget -> its type."""
+
 
 def sweep_keys() -> str:
     """Return the page on the keys of a sweep's TOML."""
@@ -157,8 +164,8 @@ def _type_of(key: str, field: FieldInfo) -> str:
         table = "array of tables" if key == "steps" else "table"
         name = "steps" if key == "steps" else key
         return f"[{table}](#{name})"
-    if key == "budget":
-        return "`[low, high]`, 0 < low < high <= 1"
+    if key in BUDGETS:
+        return BUDGETS[key]
     return _annotation(field.annotation) + _constraints(field.metadata)
 
 

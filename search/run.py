@@ -36,6 +36,7 @@ def run(sweep: Sweep, stream: TextIO) -> int:
         SweepError: If something of the sweep is wrong.
     """
     dense, space = check(sweep)
+    sweep = sweep.in_shares(space.low, space.high)
     print(headline(sweep, space.dense_cost), file=stream, flush=True)
     connect()
     from search.tuner import earlier_front, is_done, run_sweep  # imports Ray Tune: seconds

@@ -143,15 +143,19 @@ def softmax_with_policy(logits: Tensor, policy: Tensor) -> Tensor:
     return (weights + POLICY_EPS / tokens) / (weights.sum(dim=-1, keepdim=True) + POLICY_EPS)
 
 
-def attention_rows(query: Tensor, key: Tensor, scale: float) -> Tensor:
+def attention_rows(query: Tensor, key: Tensor, scale: float, size: Tensor | None = None) -> Tensor:
     """Return softmax(q k^T * scale) of the given queries, averaged over heads.
 
     Args:
         query: [B, H, M, K], the M queries whose attention is wanted.
         key: [B, H, N, K].
         scale: Softmax scale.
+        size: [B, N]; a key of size s counts as s equal keys.
 
     Returns:
         [B, M, N]; each row sums to 1.
     """
-    return torch.softmax((query * scale) @ key.transpose(-2, -1), dim=-1).mean(dim=1)
+    logits = (query * scale) @ key.transpose(-2, -1)
+    if size is not None:
+        logits = logits + size.log()[:, None, None, :].to(logits.dtype)
+    return torch.softmax(logits, dim=-1).mean(dim=1)

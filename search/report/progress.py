@@ -155,10 +155,11 @@ def headline(sweep: Sweep, dense_cost: int) -> str:
         sweep: The sweep.
         dense_cost: MACs of the dense model, as the sweep counts them.
     """
-    steps = ", ".join(sweep.labels)
+    steps, shares, dense = ", ".join(sweep.labels), sweep.shares, dense_cost / 1e9
     return (
         f"sweep {sweep.name}: {sweep.trials} trials of {sweep.epochs} epochs over {steps}; "
-        f"{sweep.budget.low} to {sweep.budget.high} of {dense_cost / 1e9:.4g} {sweep.cost}"
+        f"{shares.low:.4g} to {shares.high:.4g} of {dense:.4g} {sweep.cost}, "
+        f"{shares.low * dense:.4g} to {shares.high * dense:.4g}"
     )
 
 

@@ -31,8 +31,9 @@ _PAGE = """{% extends "frame" %}
 {% endif %}
 <p>Model {{ sweep.model.path or sweep.model.name }}, pruned by {{ sweep.labels | join(", ") }};
 compared on {{ sweep.data.val }}, the front also measured on {{ sweep.data.test }}. Trials cost
-{{ sweep.budget.low }} to {{ sweep.budget.high }} of the dense model's
-{{ "MACs" if front.cost == "latency" else unit }}; accuracy is traded against {{ unit }}.</p>
+{{ "%.4g" | format(sweep.shares.low) }} to {{ "%.4g" | format(sweep.shares.high) }} of the
+dense model's {{ "MACs" if front.cost == "latency" else unit }}; accuracy is traded against
+{{ unit }}.</p>
 <p>{{ counts }}; {{ spent }} epochs of fine-tuning.
 Hypervolume <span class="front">{{ "%.4f" | format(front.hypervolume) }}</span>.</p>
 
@@ -157,7 +158,7 @@ def write_report(directory: Path, out: Path, pictures: Path | None = None) -> No
         rows=[(cells(front, r), r.plan_line) for r in (*front.members, front.dense)],
         confirmed=any(member.spread is not None for member in front.members),
         plot=interactive(
-            front_figure(front, records, (sweep.budget.low, sweep.budget.high), aliases), "560px"
+            front_figure(front, records, (sweep.shares.low, sweep.shares.high), aliases), "560px"
         ),
         pictures={name: still(figure) for name, figure in figures.items()},
         units={label: still(figure) for label, figure in units.items()},

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from pruners import Plan, Step, ViTShape, load_method
+from pruners import Plan, Step, ViTShape, cost_of, load_method
 from pruners.families.learned import LearnedPruner
 from pruners.families.unit import UnitPruner
 from pruners.model.sites import RAGGED, WIDTH
 from pruners.model.width import narrowed
+from search.space.absolute import budget_in_shares
 from search.space.deviating import ResidualStep
 from search.space.sampled import LayerStep, TiedStep
 from search.space.space import Space
@@ -29,11 +30,13 @@ def build_space(sweep: Sweep, dense: ViTShape) -> Space:
         SweepError: If a method or an option is unknown, the order of the steps is wrong, or the
             budget is out of reach.
     """
+    cost = "effective_macs" if sweep.cost == "effective_gmacs" else "macs"
+    budget = budget_in_shares(sweep, dense, getattr(cost_of(dense), cost))
     space = Space(
         dense=dense,
-        cost="effective_macs" if sweep.cost == "effective_gmacs" else "macs",
-        low=sweep.budget.low,
-        high=sweep.budget.high,
+        cost=cost,
+        low=budget.low,
+        high=budget.high,
         ladder_budgets=sweep.ladder,
         alone_budgets=sweep.alone,
         steps=tuple(
@@ -63,7 +66,7 @@ def check_space(space: Space, cost: str) -> None:
     least = min(_least_cost(space, place) for place in range(max(1, len(space.learners))))
     if least > space.low:
         raise SweepError(
-            f"budget is [{space.low}, {space.high}] of the dense {cost}; these steps "
+            f"budget is [{space.low:.6g}, {space.high:.6g}] of the dense {cost}; these steps "
             f"reach {least:.3f} at their max_share, so give a larger lower end or more steps"
         )
 

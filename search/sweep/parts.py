@@ -116,13 +116,13 @@ class StepSpec(Part):
         return self
 
 
-class Budget(Part):
-    """Range that the cost of every trained trial lies in, as shares of the dense model's."""
+class Range(Part):
+    """Two numbers, in TOML a list: [low, high]."""
 
     low: float
-    """Lowest cost, as a share of the dense model's."""
+    """Lowest cost."""
     high: float
-    """Highest cost, as a share of the dense model's."""
+    """Highest cost."""
 
     @model_validator(mode="before")
     @classmethod
@@ -133,12 +133,29 @@ class Budget(Part):
             return {"low": values[0], "high": values[1]}
         return values
 
+
+class Budget(Range):
+    """Range that the cost of every trained trial lies in, as shares of the dense model's."""
+
     @model_validator(mode="after")
     def _is_a_range(self) -> Budget:
         if not 0.0 < self.low < self.high <= 1.0:
             raise ValueError(
                 f"is impossible: [{self.low}, {self.high}]; "
                 "give shares of the dense cost, 0 < low < high <= 1"
+            )
+        return self
+
+
+class GmacsBudget(Range):
+    """The same range in 1e9 multiply-adds."""
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> GmacsBudget:
+        if not 0.0 < self.low < self.high < math.inf:
+            raise ValueError(
+                f"is impossible: [{self.low}, {self.high}]; "
+                "give 1e9 multiply-adds of an image, 0 < low < high"
             )
         return self
 

@@ -18,6 +18,7 @@ from search.sweep.parts import (
     Constraints,
     DataSpec,
     FineTuneSpec,
+    GmacsBudget,
     Halving,
     ModelSpec,
     Part,
@@ -28,6 +29,9 @@ from search.sweep.parts import (
 
 _NAME = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", max_length=100)
 
+
+BUDGETS = ("budget", "budget_gmacs", "budget_of")
+"""Keys of a sweep that give its budget, each in its own way; a sweep has one of them."""
 
 PASSWORD = re.compile(r"://[^/]*:[^/]*@")
 """Part of a URI that holds a password."""
@@ -56,8 +60,14 @@ class Sweep(Part):
     """Labelled images."""
     steps: tuple[StepSpec, ...] = Field(min_length=1)
     """Methods of a plan, in the order unit, token, weight; at most one that learns in a trial."""
-    budget: Budget
-    """Range that the cost of every trained trial lies in: [low, high], shares of the dense cost."""
+    budget: Budget | None = None
+    """Range that the cost of every trained trial lies in: [low, high], shares of the dense cost.
+    One of the three keys of a budget is required."""
+    budget_gmacs: GmacsBudget | None = None
+    """The same range as 1e9 multiply-adds of an image, instead of `budget`."""
+    budget_of: Annotated[tuple[str, ...], Field(min_length=1, max_length=2)] | None = None
+    """The same range as the costs of two timm models, the cheaper first, at the size of the dense
+    model's images and with its classes; of one model, from half of its cost to its cost."""
     cost: Literal["effective_gmacs", "gmacs", "latency"] = "effective_gmacs"
     """Cost that accuracy is traded against; with `latency` the budget is still one of gmacs."""
     trials: int = Field(ge=2)
@@ -120,12 +130,29 @@ class Sweep(Part):
     def _off(cls, value: Any) -> Any:
         return None if value is False else value
 
+    @field_validator("budget_of", mode="before")
+    @classmethod
+    def _of_one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
     @field_validator("storage")
     @classmethod
     def _is_a_directory(cls, value: str) -> str:
         if "://" in value:
             raise ValueError(f"is {value!r}; give a directory that all nodes see, no URI")
         return value
+
+    @model_validator(mode="after")
+    def _has_one_budget(self) -> Sweep:
+        given = [key for key in BUDGETS if getattr(self, key) is not None]
+        if not given:
+            raise ValueError(
+                "has no budget; give budget = [0.3, 0.8], shares of the dense cost, or one of "
+                f"{', '.join(BUDGETS[1:])}"
+            )
+        if len(given) > 1:
+            raise ValueError(f"has {' and '.join(given)}; give one of them")
+        return self
 
     @model_validator(mode="after")
     def _holds_no_secret(self) -> Sweep:
@@ -176,6 +203,22 @@ class Sweep(Part):
                 f"give more than epochs = {self.epochs}, or 0 for none"
             )
         return self
+
+    @property
+    def shares(self) -> Budget:
+        """The budget as shares of the dense cost.
+
+        Raises:
+            AssertionError: If it is an absolute one still: see `in_shares`.
+        """
+        if self.budget is None:
+            raise AssertionError("search.run turns every budget into shares")
+        return self.budget
+
+    def in_shares(self, low: float, high: float) -> Sweep:
+        """Return this sweep with its budget, which may be absolute, as shares of the dense cost."""
+        budget = Budget(low=low, high=high)
+        return self.model_copy(update={"budget": budget, "budget_gmacs": None, "budget_of": None})
 
     @property
     def directory(self) -> Path:

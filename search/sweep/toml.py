@@ -19,12 +19,13 @@ from search.sweep.parts import (
     Constraints,
     DataSpec,
     FineTuneSpec,
+    GmacsBudget,
     Halving,
     ModelSpec,
     Resources,
     StepSpec,
 )
-from search.sweep.spec import Sweep, SweepError
+from search.sweep.spec import BUDGETS, Sweep, SweepError
 
 
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
@@ -54,7 +55,9 @@ def sweep_toml(sweep: Sweep) -> str:
     import tomli_w  # who only submits sweeps writes none
 
     values = sweep.model_dump(exclude_none=True, mode="json")
-    values["budget"] = [sweep.budget.low, sweep.budget.high]
+    for key in ("budget", "budget_gmacs"):
+        if (budget := values.get(key)) is not None:
+            values[key] = [budget["low"], budget["high"]]
     for step in values["steps"]:
         step |= step.pop("options")
     return tomli_w.dumps(values)
@@ -100,6 +103,9 @@ def _override(values: dict[str, Any], override: str) -> None:
         table = table.setdefault(key, {})
         if not isinstance(table, dict):
             raise SweepError(f"--set {override!r}: {key} is no table; override {key} as a whole")
+    if dotted in BUDGETS:  # a budget takes the place of the file's, however that is given
+        for key in BUDGETS:
+            values.pop(key, None)
     table[keys[-1]] = value["value"]
 
 
@@ -140,6 +146,7 @@ def _fields_at(location: Sequence[str | int]) -> list[str]:
                 "model": ModelSpec,
                 "data": DataSpec,
                 "budget": Budget,
+                "budget_gmacs": GmacsBudget,
                 "finetune": FineTuneSpec,
                 "halving": Halving,
                 "constraints": Constraints,

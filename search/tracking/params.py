@@ -17,7 +17,7 @@ def sweep_params(sweep: Sweep) -> dict[str, str]:
         "val": data.val,
         "test": data.test,
         "steps": ", ".join(sweep.labels),
-        "budget": f"{sweep.budget.low} to {sweep.budget.high}",
+        "budget": f"{sweep.shares.low:.4g} to {sweep.shares.high:.4g}",
         "cost": sweep.cost,
         "trials": str(sweep.trials),
         "epochs": str(sweep.epochs),

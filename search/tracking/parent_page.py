@@ -72,7 +72,7 @@ class ParentPage:
     def draw(self, front: Front, records: Sequence[TrialRecord]) -> None:
         """Draw the pictures."""
         start = time.monotonic()
-        budget = self.sweep.budget
+        budget = self.sweep.shares
         aliases = self.sweep.alias_budgets if self.sweep.register_front else ()
         html = front_html(front, records, (budget.low, budget.high), aliases)
         self.client.log_text(self.parent, html, "front.html")

@@ -29,7 +29,17 @@ from pruners.model.attention import Attended
 from pruners.model.tokens import MiddleReducer, Tokens, take_tokens
 from pruners.training.learner import LearningData
 
-METHODS = ("random", "evit", "tome", "dynamic_vit", "spvit", "cait_tokens", "cait")
+METHODS = (
+    "random",
+    "evit",
+    "tome",
+    "pitome",
+    "mctf",
+    "dynamic_vit",
+    "spvit",
+    "cait_tokens",
+    "cait",
+)
 
 
 class DropRandom(MiddleReducer):

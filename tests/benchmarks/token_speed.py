@@ -24,6 +24,8 @@ from pruners.model.tokens import TokenReducer
 CASES: dict[str, tuple[str, dict[str, object]]] = {
     "evit": ("evit", {}),
     "tome": ("tome", {}),
+    "pitome": ("pitome", {}),
+    "mctf": ("mctf", {}),
     "dynamic_vit": ("dynamic_vit", {}),
     "spvit": ("spvit", {}),
     "cait_tokens": ("cait_tokens", {}),

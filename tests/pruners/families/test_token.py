@@ -34,7 +34,7 @@ def method(request: pytest.FixtureRequest) -> str:
 
 
 def test_all_token_methods_are_here() -> None:
-    assert {"evit", "tome", "dynamic_vit", "spvit", "cait_tokens"} <= set(METHODS)
+    assert {"evit", "tome", "pitome", "mctf", "dynamic_vit", "spvit", "cait_tokens"} == set(METHODS)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

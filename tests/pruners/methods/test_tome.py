@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +7,7 @@ from hypothesis import strategies as st
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from pruners import Plan, PrunableViT, Step, cost_of, load_method
+from pruners import PrunableViT, cost_of, load_method
 from pruners.methods.tome import MergeSimilar, match
 from pruners.model.attention import Attended
 from pruners.model.tokens import Tokens
@@ -113,28 +111,6 @@ def test_a_token_of_size_two_acts_as_two_equal_tokens(fused: bool, tiny) -> None
     assert (attn(x).output - expected).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_merging_nothing_is_the_model_itself(variant: str, tiny) -> None:
-    vit = tiny(**VARIANTS[variant])
-    images = images_for(vit)
-    expected = vit(images)
-    load_method("tome").cut(vit, {}, {"blocks.0.token": 0.01, "blocks.2.token": 0.0})
-    assert torch.equal(vit(images), expected)
-
-
-def test_lengths_fall_by_the_share_and_at_most_by_half(tiny) -> None:
-    vit = tiny(**LARGE)
-    tome = load_method("tome")
-    thresholds = {"blocks.0.token": 0.25, "blocks.1.token": 0.9, "blocks.2.token": 0.3}
-    tome.cut(vit, {}, thresholds)
-    seen = []
-    for block in vit.blocks:
-        block.mlp.register_forward_hook(lambda m, inputs, out: seen.append(inputs[0].shape[1]))
-    vit(images_for(vit))
-    assert seen == [1 + 18, 1 + 9, 1 + 6]
-    assert seen == [block.mlp_tokens for block in vit.shape().blocks]
-
-
 def test_pooled_models_weight_the_mean_by_size(tiny) -> None:
     vit = tiny(**VARIANTS["pooled"], **LARGE)
     load_method("tome").cut(vit, {}, {"blocks.1.token": 0.4})
@@ -146,27 +122,6 @@ def test_pooled_models_weight_the_mean_by_size(tiny) -> None:
     expected = vit.vit.head(vit.vit.fc_norm(mean))
     torch.testing.assert_close(vit(images), expected)
     assert (vit(images) - vit.vit.forward_head(tokens.x)).abs().max() > 1e-4
-
-
-def test_duplicated_patches_merge_without_a_trace(tiny) -> None:
-    """Pairs of equal patches become one each: later blocks see the same through sizes."""
-    vit = tiny(depth=2, pos_embed="none", **LARGE)
-    images = images_for(vit)
-    pairs = images.unflatten(3, (2, 16))  # patches are 8 wide: columns of four
-    images = pairs[..., :8].repeat(1, 1, 1, 1, 2).flatten(3)  # each patch twice, side by side
-    with torch.no_grad():
-        expected = vit(images)
-        load_method("tome").cut(vit, {}, {"blocks.0.token": 0.5})
-        assert vit.shape().blocks[1].tokens == 1 + 12
-        torch.testing.assert_close(vit(images), expected, atol=1e-5, rtol=0)
-
-
-def test_gradients_pass_the_merge(tiny, batches) -> None:
-    vit = tiny(**LARGE)
-    load_method("tome").cut(vit, {}, {"blocks.0.token": 0.4})
-    images = images_for(vit).requires_grad_(True)
-    vit(images).square().sum().backward()
-    assert (images.grad.unfold(2, 8, 8).unfold(3, 8, 8).abs().amax((1, 4, 5)) > 0).all()
 
 
 @pytest.mark.parametrize(
@@ -198,23 +153,3 @@ ARCHS = {
     "deit_small_patch16_224": {"embed_dim": 384, "num_heads": 6},
     "deit_base_patch16_224": {"embed_dim": 768, "num_heads": 12},
 }
-
-
-def test_allocation_merges_the_same_number_everywhere(tiny) -> None:
-    shape = tiny(depth=6, img_size=(80, 80)).shape()
-    tome = load_method("tome")
-    shrunk = tome.shrink(shape, tome.allocate(shape, {}, 0.7 * cost_of(shape).macs))
-    counts = [100, *(block.mlp_tokens - 1 for block in shrunk.blocks)]
-    steps = [before - after for before, after in itertools.pairwise(counts)]
-    assert max(steps) - min(steps) <= 1
-    assert 0.68 < cost_of(shrunk).macs / cost_of(shape).macs <= 0.7
-
-
-def test_a_plan_with_merging_survives_saving(tiny, tmp_path) -> None:
-    vit = tiny(**LARGE)
-    step = Step(pruner=load_method("tome"), thresholds={"blocks.1.token": 0.4})
-    Plan(steps=(step,)).apply(vit)
-    vit.save(tmp_path)
-    again, images = PrunableViT.load(tmp_path).eval(), images_for(vit)
-    assert torch.equal(again(images), vit(images))
-    assert again.token_step == vit.token_step

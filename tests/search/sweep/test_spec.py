@@ -110,3 +110,78 @@ def test_versions_are_registered_by_the_sweeps_name_unless_it_says_otherwise(min
 def test_impossible_registrations_are_refused(setting: str, message: str, minimal: Path) -> None:
     with pytest.raises(SweepError, match=message):
         load_sweep(minimal, [setting])
+
+
+@pytest.mark.parametrize(
+    ("line", "low", "high"),
+    [("budget_gmacs = [2, 4.6]", 2.0, 4.6), ("budget_gmacs = [0.1, 20.0]", 0.1, 20.0)],
+)
+def test_a_budget_in_gmacs(line: str, low: float, high: float, minimal: Path) -> None:
+    minimal.write_text(minimal.read_text().replace("budget = [0.3, 0.8]", line))
+    sweep = load_sweep(minimal)
+    assert (sweep.budget, sweep.budget_of) == (None, None)
+    assert (sweep.budget_gmacs.low, sweep.budget_gmacs.high) == (low, high)
+    minimal.write_text(sweep_toml(sweep))
+    assert load_sweep(minimal) == sweep
+
+
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [("'deit_small_patch16_224'", ("deit_small_patch16_224",)), ("['a', 'b']", ("a", "b"))],
+)
+def test_a_budget_of_other_models(value: str, names: tuple[str, ...], minimal: Path) -> None:
+    sweep = load_sweep(minimal, [f"budget_of={value}"])
+    assert sweep.budget_of == names
+    minimal.write_text(sweep_toml(sweep))
+    assert load_sweep(minimal) == sweep
+
+
+def test_a_sweep_has_one_budget(minimal: Path) -> None:
+    text = minimal.read_text()
+    minimal.write_text(text + "budget_gmacs = [2.0, 4.6]\n")
+    with pytest.raises(SweepError, match="the sweep has budget and budget_gmacs; give one of them"):
+        load_sweep(minimal)
+    minimal.write_text(text.replace("budget = [0.3, 0.8]", ""))
+    with pytest.raises(
+        SweepError, match=r"has no budget; give .* or one of budget_gmacs, budget_of"
+    ):
+        load_sweep(minimal)
+
+
+def test_a_budget_that_is_set_replaces_the_files(minimal: Path) -> None:
+    sweep = load_sweep(minimal, ["budget_gmacs=[2.0, 4.6]", "budget_of='a'"])
+    assert (sweep.budget, sweep.budget_gmacs, sweep.budget_of) == (None, None, ("a",))
+    sweep = load_sweep(minimal, ["budget_of='a'", "budget=[0.2, 0.4]"])
+    assert (sweep.budget.low, sweep.budget_of) == (0.2, None)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "budget_gmacs=[4.6, 2.0]",
+            r"budget_gmacs is impossible: \[4\.6, 2\.0\]; give 1e9 multiply",
+        ),
+        ("budget_gmacs=[0.0, 2.0]", "budget_gmacs is impossible"),
+        ("budget_gmacs=[1.0, inf]", "budget_gmacs is impossible"),
+        ("budget_gmacs=2.0", r"budget_gmacs is 2\.0; "),
+        ("budget_gmacs=[2.0]", "budget_gmacs needs two numbers"),
+        ("budget_of=[]", r"budget_of is \[\]; tuple should have at least 1"),
+        ("budget_of=['a', 'b', 'c']", "budget_of is .*; tuple should have at most 2"),
+        ("budget_of=3", "budget_of is 3; "),
+    ],
+)
+def test_impossible_absolute_budgets_are_refused(setting: str, message: str, minimal: Path) -> None:
+    with pytest.raises(SweepError, match=message):
+        load_sweep(minimal, [setting])
+
+
+def test_an_absolute_budget_becomes_shares_once(minimal: Path) -> None:
+    sweep = load_sweep(minimal, ["budget_gmacs=[2.0, 4.6]"])
+    with pytest.raises(AssertionError, match="turns every budget into shares"):
+        sweep.shares  # noqa: B018
+    known = sweep.in_shares(0.25, 0.5)
+    assert (known.shares.low, known.shares.high, known.budget_gmacs) == (0.25, 0.5, None)
+    minimal.write_text(sweep_toml(known))
+    assert load_sweep(minimal) == known
+    assert load_sweep(minimal).in_shares(0.25, 0.5) == known

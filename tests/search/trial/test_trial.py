@@ -323,7 +323,9 @@ def test_every_weight_method_runs_as_a_step(method: str, sweep_file: Path) -> No
     assert last.density < 1.0
 
 
-@pytest.mark.parametrize("method", ["tome", "dynamic_vit", "spvit", "cait_tokens"])
+@pytest.mark.parametrize(
+    "method", ["tome", "pitome", "mctf", "dynamic_vit", "spvit", "cait_tokens"]
+)
 def test_every_token_method_runs_as_a_step_and_resumes(
     method: str, sweep_file: Path, tmp_path: Path
 ) -> None:
