@@ -38,7 +38,7 @@ def smallest_model(folder: Path) -> PrunableViT:
         "evit": {"blocks.0.token": 0.5},
         "magnitude": {"blocks.0.mlp.fc1": 0.5},
     }
-    options = {"grouped": {"criterion": "magnitude"}}
+    options = {"grouped": {"criterion": "magnitude", "compensate": False}}
     plan = Plan(
         steps=tuple(
             Step(pruner=load_method(name, **options.get(name, {})), thresholds=thresholds)

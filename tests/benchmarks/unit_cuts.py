@@ -2,9 +2,9 @@
 
     python tests/benchmarks/unit_cuts.py [--train T --test T --images 8000 --epochs 3] [--tuned ...]
 
-The sample's ViT, heads and neurons, with 512 calibration images of the seed. Top-1 in percent on the
-sample's 1,000 validation images, and on the images of --test if they are given; mean and largest
-deviation over the seeds. Rows of --tuned are fine-tuned too, all by the same recipe.
+The sample's ViT, heads and neurons, with 512 calibration images of the seed. Top-1 in percent on
+the sample's 1,000 validation images, and on the images of --test if they are given; mean and
+largest deviation over the seeds. Rows of --tuned are fine-tuned too, all by the same recipe.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def measure(
 
 
 def table(rows: list[tuple[str, float, bool, Row]]) -> Iterator[str]:
-    yield "| score | MACs | solved | sample | test | tuned: val | tuned: test | scoring, solving, s |"
+    yield "| score | MACs | solved | sample | test | tuned: val | tuned: test | score, solve, s |"
     yield "|---|---|---|---|---|---|---|---|"
     for name, budget, solved in dict.fromkeys(row[:3] for row in rows):
         own = [row for *key, row in rows if key == [name, budget, solved]]

@@ -56,7 +56,7 @@ def sweep(sweep_file: Path, tiny) -> Path:
     dense, units, tokens = tiny(**args), tiny(**args), tiny(**args)
     for vit in (dense, units, tokens):
         vit.mean, vit.std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
-    grouped = load_method("grouped", criterion="magnitude")
+    grouped = load_method("grouped", criterion="magnitude", compensate=False)
     masks = {"blocks.0.mlp.fc1": 0.5, "blocks.1.mlp.fc1": 0.5}
     steps = (
         Step(pruner=grouped, thresholds={"blocks.0.mlp.neuron": 0.5, "blocks.1.mlp.neuron": 0.4}),

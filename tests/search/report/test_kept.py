@@ -23,7 +23,10 @@ def shapes(tiny) -> tuple[dict, dict]:
         steps=(
             Step(
                 pruner=load_method(
-                    "grouped", criterion="magnitude", units=["head", "v_dim", "neuron"]
+                    "grouped",
+                    criterion="magnitude",
+                    units=["head", "v_dim", "neuron"],
+                    compensate=False,
                 ),
                 thresholds={
                     "blocks.0.attn.head": 1 / 3,
