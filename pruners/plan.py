@@ -10,10 +10,11 @@ from typing import Any, Self
 from pruners.families.learned import Learned, LearnedPruner
 from pruners.families.pruner import FAMILIES, Pruner, load_method
 from pruners.families.unit import UnitPruner
-from pruners.model.compensation import Uncut, compensate
+from pruners.model.compensation import compensate
 from pruners.model.shape import ViTShape
 from pruners.model.sites import WIDTH
 from pruners.model.types import Batches, Thresholds
+from pruners.model.uncut import Uncut
 from pruners.model.vit import ViT
 from pruners.training.learner import LearningData
 
@@ -176,7 +177,7 @@ def _cut_units(
         known = known or pruner.learn(vit, LearningData.of(batches))
         pruner.take_over(vit, known, thresholds)
     scores = pruner.score(vit, batches) if known is None else known.scores
-    return pruner.cut_scored(vit, scores, thresholds)
+    return pruner.cut_scored(vit, batches, scores, thresholds)
 
 
 def _refuse_late(step: Step, shape: ViTShape) -> None:

@@ -177,7 +177,7 @@ class LearnedPruner(UnitPruner, abc.ABC):
         """Learn on the batches, cut, and compensate what stays, in place."""
         learned = self.learn(vit, LearningData.of(batches))
         self.take_over(vit, learned, thresholds)
-        uncut = self.cut_scored(vit, learned.scores, thresholds)
+        uncut = self.cut_scored(vit, batches, learned.scores, thresholds)
         if uncut is not None:
             compensate(vit, uncut, batches)
 

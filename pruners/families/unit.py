@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import copy
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pruners.families.allocation import rank_globally, rank_with_width
 from pruners.families.options import option
 from pruners.families.pruner import Pruner, check_scores
 from pruners.model.attention import Attention
-from pruners.model.compensation import Uncut, compensate
+from pruners.model.compensation import compensate
 from pruners.model.ranking import cut_attention, cut_mlp, highest, slice_scores
 from pruners.model.shape import BlockShape, ViTShape, units_kept
 from pruners.model.sites import RAGGED, WHOLE, WIDTH, kind_of, ragged_site, unit_sites
@@ -27,6 +28,7 @@ from pruners.model.surgery import (
     remove_mlp,
 )
 from pruners.model.types import Batches, Scores, Thresholds
+from pruners.model.uncut import Uncut
 from pruners.model.vit import ViT
 from pruners.model.width import keep_width, narrowed, writes_everywhere
 
@@ -178,18 +180,21 @@ class UnitPruner(Pruner, abc.ABC):
 
     def prune(self, vit: ViT, batches: Batches, thresholds: Thresholds) -> None:
         """Score, cut, and compensate what stays, in place."""
-        uncut = self.cut_scored(vit, self.score(vit, batches), thresholds)
+        uncut = self.cut_scored(vit, batches, self.score(vit, batches), thresholds)
         if uncut is not None:
             compensate(vit, uncut, batches)
 
-    def cut_scored(self, vit: ViT, scores: Scores, thresholds: Thresholds) -> Uncut | None:
+    def cut_scored(
+        self, vit: ViT, batches: Batches, scores: Scores, thresholds: Thresholds
+    ) -> Uncut | None:
         """Cut in place; return what the model was, if what stays is to be compensated.
 
-        The width goes before: what stays is brought toward the model of that width.
+        The width goes before, and is compensated at once, with all other units still there: they
+        are then brought toward the model of that width.
         """
         others = {site: share for site, share in thresholds.items() if site != WIDTH}
-        if len(others) < len(thresholds):
-            self.cut(vit, scores, {WIDTH: thresholds[WIDTH]})
+        if thresholds.get(WIDTH, 0.0) > 0.0:
+            self._cut_width(vit, batches, scores, thresholds[WIDTH])
         uncut = None
         if self.compensate and any(others.values()):
             before, after = vit.shape().blocks, self.shrink(vit.shape(), others).blocks
@@ -202,6 +207,13 @@ class UnitPruner(Pruner, abc.ABC):
             )
         self.cut(vit, scores, others)
         return uncut
+
+    def _cut_width(self, vit: ViT, batches: Batches, scores: Scores, share: float) -> None:
+        whole = copy.deepcopy(vit) if self.compensate else None
+        channels = highest(scores[WIDTH], self.shrink(vit.shape(), {WIDTH: share}).dim)
+        self.cut(vit, scores, {WIDTH: share})
+        if whole is not None:
+            compensate(vit, Uncut(vit=whole, channels=channels), batches)
 
 
 _FIELDS = {

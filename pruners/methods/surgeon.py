@@ -8,19 +8,23 @@ weights are solved afterwards on what the cut model really computes (`compensate
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from pruners.families.allocation import rank_globally
 from pruners.families.options import LARGEST_SEED, option
 from pruners.families.unit import UnitPruner
-from pruners.model.sites import block_of, kind_of
-from pruners.model.types import Batches, Scores
+from pruners.model.ranking import slice_scores
+from pruners.model.shape import ViTShape
+from pruners.model.sites import WIDTH, block_of, kind_of
+from pruners.model.types import Batches, Scores, Thresholds
 from pruners.model.vit import ViT
 from pruners.saliency.kronecker import Factors, drawn_labels, kronecker_factors, true_labels
-from pruners.saliency.removal import Removal, dim_costs, head_costs
+from pruners.saliency.removal import Removal, dim_costs, head_costs, shared_costs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +34,7 @@ class Surgeon(UnitPruner):
     A unit's score is what it costs at its turn, in loss, at least as much as those that went before
     it; so one order serves all budgets, and all layers are ranked together. Neurons are columns of
     fc2, v dims columns of proj, a head all of its v dims; a q/k dim is a dim of the keys, which the
-    logits read.
+    logits read; a channel of the stream is a column of every qkv and fc1 and of the classifier.
 
     Attributes:
         labels: "true" ones, or "drawn" from the model's own answers, which needs no labels.
@@ -42,6 +46,11 @@ class Surgeon(UnitPruner):
     damping: float = option(1e-2, above=0.0)
     seed: int = option(0, low=0, high=LARGEST_SEED)
 
+    @classmethod
+    def kinds(cls) -> tuple[str, ...]:
+        """Heads, their dims, neurons, and the width."""
+        return (*super().kinds(), WIDTH)
+
     def score(self, vit: ViT, batches: Batches) -> Scores:
         """Return what each unit costs, by site.
 
@@ -51,25 +60,37 @@ class Surgeon(UnitPruner):
         draw = drawn_labels(torch.Generator().manual_seed(self.seed))
         labels = true_labels if self.labels == "true" else draw
         wanted = list(self.sites(vit.shape()))
-        places = {place: module for site in wanted for place, module in [_reader(vit, site)]}
+        places = {name: module for site in wanted for name, module in _readers(vit, site).items()}
         factors = kronecker_factors(vit, batches, places, labels)
         scores: Scores = {}
         for site in wanted:
-            place, module = _reader(vit, site)
             try:
-                scores[site] = self._costs(vit, site, module, factors[place]).float()
+                scores[site] = self._costs(vit, site, factors).float()
             except ValueError as error:
                 raise ValueError(f"{self.name} cannot score {site}: {error}") from error
         return scores
 
-    def _costs(self, vit: ViT, site: str, module: nn.Module, factors: Factors) -> Tensor:
+    def allocate(self, shape: ViTShape, scores: Scores, macs: float) -> Thresholds:
+        """Rank all units of all sites together, by score per MAC; all scores are losses."""
+        steps = {site: slice_scores(scores[site]) for site in self.sites(shape)}
+        return rank_globally(shape, steps, lambda shares: self.shrink(shape, shares), macs)
+
+    def _costs(self, vit: ViT, site: str, factors: Mapping[str, Factors]) -> Tensor:
+        readers = _readers(vit, site)
+        if site == WIDTH:
+            return shared_costs([self._removal(factors[n], r) for n, r in readers.items()])
+        ((name, module),) = readers.items()
         kind, shape = kind_of(site), vit.shape().blocks[block_of(site)]
-        if not isinstance(module, nn.Linear):
-            return key_costs(factors, shape.heads, self.damping)
-        removal = Removal(module.weight.detach(), factors, self.damping)
+        if kind == "qk_dim":
+            return key_costs(factors[name], shape.heads, self.damping)
+        removal = self._removal(factors[name], module)
         if kind == "head":
             return head_costs(removal, shape.v_dim)
         return dim_costs(removal, shape.heads) if kind == "v_dim" else removal.one_by_one()
+
+    def _removal(self, factors: Factors, module: nn.Module) -> Removal:
+        assert isinstance(module, nn.Linear)
+        return Removal(module.weight.detach(), factors, self.damping)
 
 
 def key_costs(factors: Factors, heads: int, damping: float) -> Tensor:
@@ -89,14 +110,20 @@ def key_costs(factors: Factors, heads: int, damping: float) -> Tensor:
     return torch.stack(costs)
 
 
-def _reader(vit: ViT, site: str) -> tuple[str, nn.Module]:
-    """Return name and module of what reads a site's units; keys' norm stands for the logits."""
+def _readers(vit: ViT, site: str) -> dict[str, nn.Module]:
+    """Return name -> module of what reads a site's units; keys' norm stands for the logits."""
+    if site == WIDTH:
+        layers: dict[str, nn.Module] = {
+            name: layer for name, layer in vit.linears() if name.endswith(("qkv", "fc1"))
+        }
+        heads = {name: getattr(vit.vit, name, None) for name in ("head", "head_dist")}
+        return layers | {n: head for n, head in heads.items() if isinstance(head, nn.Linear)}
     index, kind = block_of(site), kind_of(site)
     block = vit.blocks[index]
     if kind == "neuron":
         assert block.mlp is not None
-        return f"blocks.{index}.mlp.fc2", block.mlp.fc2
+        return {f"blocks.{index}.mlp.fc2": block.mlp.fc2}
     assert block.attn is not None
     if kind == "qk_dim":
-        return f"blocks.{index}.attn.keys", block.attn.k_norm
-    return f"blocks.{index}.attn.proj", block.attn.proj
+        return {f"blocks.{index}.attn.keys": block.attn.k_norm}
+    return {f"blocks.{index}.attn.proj": block.attn.proj}

@@ -23,7 +23,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -34,10 +33,10 @@ from pruners.model.attention import Attention
 from pruners.model.least_squares import Moments
 from pruners.model.logits import fold_keys
 from pruners.model.masks import apply_masks
-from pruners.model.numbered import numbered, query_rows
 from pruners.model.solved_layer import Layer, Writer
 from pruners.model.tokens import Tokens
 from pruners.model.types import Batches
+from pruners.model.uncut import Uncut
 from pruners.model.vit import Block, ViT
 
 DAMPING = 1e-3
@@ -45,36 +44,6 @@ DAMPING = 1e-3
 
 Advance = Callable[[Tokens], Tokens]
 Part = TypeVar("Part", Tensor, Block)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Uncut:
-    """A model as it was before its units were cut.
-
-    Attributes:
-        vit: A copy of it.
-        query_rows: See `pruners.model.numbered.query_rows`; empty if no q/k dims go.
-    """
-
-    vit: ViT
-    query_rows: list[Tensor]
-
-    @classmethod
-    def of(cls, vit: ViT, cut: Callable[[ViT], None], *, narrows_queries: bool) -> Uncut:
-        """Remember a model that is not cut yet.
-
-        Args:
-            vit: The model.
-            cut: Cuts a model in place, as this one will be.
-            narrows_queries: Whether q/k dims go.
-        """
-        rows: list[Tensor] = []
-        if narrows_queries:
-            marks = numbered(vit)
-            with torch.no_grad():
-                cut(marks)
-            rows = query_rows(marks, vit)
-        return cls(vit=copy.deepcopy(vit), query_rows=rows)
 
 
 class _Streams(NamedTuple):
@@ -114,7 +83,7 @@ def compensate(vit: ViT, uncut: Uncut, batches: Batches, damping: float = DAMPIN
                 "compensate is true, but there are no calibration images; give batches of images, "
                 "or compensate = false"
             )
-        walk = _Walk(streams, damping)
+        walk = _Walk(streams, damping, uncut.channels)
         pairs = list(zip(vit.blocks, uncut.vit.blocks, strict=True))
         while pairs and pairs[-1][0].attn is None and pairs[-1][0].mlp is None:
             pairs.pop()  # nothing is left behind that could make up for it
@@ -133,10 +102,10 @@ class _Walk:
         writer: Who wrote last to the streams as they are.
     """
 
-    def __init__(self, streams: list[_Streams], damping: float) -> None:
+    def __init__(self, streams: list[_Streams], damping: float, channels: Tensor | None) -> None:
         """Start in front of the first block."""
-        self.streams, self.damping = streams, damping
-        self.equal = True
+        self.streams, self.damping, self.channels = streams, damping, channels
+        self.equal = channels is None
         self.writer: Writer | None = None
 
     def through(self, name: str, real: Block, dense: Block, rows: Tensor | None) -> None:
@@ -153,11 +122,11 @@ class _Walk:
             self._go(block.front, None)
         if whole.attn is not None:
             ahead = self._ahead(whole.attend)
-            self._attention(name, block, real, whole.attn, rows, ahead)
+            self._attention(name, block, real, whole.attn, whole.norm1, rows, ahead)
             self._go(block.attend, ahead if block.middle is None else None)
         if whole.mlp is not None:
             ahead = self._ahead(whole.feed)
-            self._mlp(name, block, real, whole.mlp, ahead)
+            self._mlp(name, block, real, whole.mlp, whole.norm2, ahead)
             self._go(block.feed, ahead)
 
     def _attention(
@@ -166,6 +135,7 @@ class _Walk:
         block: Block,
         real: Block,
         whole: Attention,
+        whole_norm: nn.Module | None,
         rows: Tensor | None,
         ahead: list[Tensor],
     ) -> None:
@@ -179,7 +149,7 @@ class _Walk:
             if not fold_keys(attn, whole, rows, inputs, self.damping):
                 raise reader.unsolvable(self.damping)
             reader.store()
-        self._read(reader, norm)
+        self._read(reader, norm, whole.qkv, whole_norm)
 
         def mixed(tokens: Tokens) -> Tensor:
             return attn.mix(norm(tokens.x), tokens.size, tokens.policy).output
@@ -189,13 +159,22 @@ class _Walk:
         same = _equal(attn.qkv, whole.qkv) and _equal(attn.proj, whole.proj)
         self._correct(writer, mixed, ahead, same)
 
-    def _mlp(self, name: str, block: Block, real: Block, whole: Mlp, ahead: list[Tensor]) -> None:
+    def _mlp(
+        self,
+        name: str,
+        block: Block,
+        real: Block,
+        whole: Mlp,
+        whole_norm: nn.Module | None,
+        ahead: list[Tensor],
+    ) -> None:
         mlp, norm, scale = block.mlp, block.norm2, block.ls2
         if mlp is None or norm is None or scale is None or real.mlp is None:
             self._miss(ahead)
             return
 
-        self._read(Layer(f"{name}.mlp.fc1", mlp.fc1, real.mlp.fc1), norm)
+        reader = Layer(f"{name}.mlp.fc1", mlp.fc1, real.mlp.fc1)
+        self._read(reader, norm, whole.fc1, whole_norm)
 
         def neurons(tokens: Tokens) -> Tensor:
             found: Tensor = mlp.norm(mlp.drop1(mlp.act(mlp.fc1(norm(tokens.x)))))
@@ -218,14 +197,25 @@ class _Walk:
         if ahead is None:
             self.equal, self.writer = True, None
 
-    def _read(self, layer: Layer, norm: nn.Module) -> None:
-        """Let a layer that reads the stream say what it would say of the uncut model's."""
+    def _left(self, stream: Tensor) -> Tensor:
+        """Return the channels that stay of the uncut model's stream [B, N, D]."""
+        return stream if self.channels is None else stream[..., self.channels.to(stream.device)]
+
+    def _read(
+        self, layer: Layer, norm: nn.Module, whole: nn.Linear, whole_norm: nn.Module | None
+    ) -> None:
+        """Let a layer that reads the stream say what it would say of the uncut model's.
+
+        Of a narrower stream all units are still there, so the uncut layer says it.
+        """
         if self.equal:
             return
+        if self.channels is None or whole_norm is None:
+            whole, whole_norm = layer.linear, norm
         moments = Moments()
-        for tokens, whole in self.streams:
+        for tokens, stream in self.streams:
             a = norm(tokens.x)
-            lacks = layer.linear(norm(whole)) - layer.linear(a)
+            lacks = whole(whole_norm(stream)) - layer.linear(a)
             moments.add(a.flatten(0, 1), lacks.flatten(0, 1))
         layer.solve(moments, self.damping)
 
@@ -238,7 +228,8 @@ class _Walk:
             for (tokens, _), wanted in zip(self.streams, ahead, strict=True):
                 a = hidden(tokens)
                 behind = writer.stream(writer.layer.linear(a), tokens.x)
-                moments.add(a.flatten(0, 1), writer.lacks(wanted, behind).flatten(0, 1))
+                lacks = writer.lacks(self._left(wanted), behind)
+                moments.add(a.flatten(0, 1), lacks.flatten(0, 1))
             writer.layer.solve(moments, self.damping)
         self.equal = self.equal and same
         self.writer = writer
@@ -250,7 +241,7 @@ class _Walk:
             return
         tokens = sum(wanted.shape[0] * wanted.shape[1] for wanted in ahead)
         lacking = (
-            writer.lacks(wanted, s.tokens.x).double().sum(dim=(0, 1))
+            writer.lacks(self._left(wanted), s.tokens.x).double().sum(dim=(0, 1))
             for s, wanted in zip(self.streams, ahead, strict=True)
         )
         bias = torch.stack(list(lacking)).sum(dim=0) / tokens

@@ -103,7 +103,9 @@ def kronecker_factors(
 
 
 def _by_token(x: Tensor) -> Tensor:
-    """Return [B, N, D] as it is, [B, H, N, K] as [B, N, H * K]."""
+    """Return [B, N, D] as it is, [B, D] as one token, [B, H, N, K] as [B, N, H * K]."""
+    if x.dim() == 2:
+        return x.unsqueeze(1)
     return x if x.dim() == 3 else x.transpose(1, 2).flatten(2)
 
 

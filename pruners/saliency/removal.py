@@ -12,6 +12,8 @@ So the second of two inputs that say the same becomes dear once the first has go
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -81,6 +83,13 @@ class Removal:
         keep = torch.ones(len(self.left), dtype=torch.bool, device=self.left.device)
         self._keep(keep.index_fill(0, index, False))
 
+    def remove_one(self, index: int) -> None:
+        """Remove the input at a position among those that are left."""
+        self._zero(index)
+        keep = torch.ones(len(self.left), dtype=torch.bool, device=self.left.device)
+        keep[index] = False
+        self._keep(keep)
+
     def one_by_one(self) -> Tensor:
         """Remove all inputs, the cheapest first; return what each one cost, [in], ever rising."""
         costs = self.inverse.new_zeros(len(self.left))
@@ -148,6 +157,25 @@ def dim_costs(removal: Removal, heads: int) -> Tensor:
 def _next(reached: Tensor, cost: Tensor) -> Tensor:
     """Return the score of what goes next: what it costs, but more than what went before."""
     return torch.maximum(reached * (1.0 + ORDERED), cost)
+
+
+def shared_costs(removals: Sequence[Removal]) -> Tensor:
+    """Return what inputs that several layers share cost when they go, the cheapest first, [in].
+
+    Args:
+        removals: The layers, each with the same inputs; what one costs is summed over them.
+    """
+    left = len(removals[0].left)
+    costs = removals[0].inverse.new_zeros(left)
+    reached = removals[0].inverse.new_zeros(())
+    for _ in range(left):
+        cost = torch.stack([removal.costs() for removal in removals]).sum(dim=0)
+        cheapest = int(cost.argmin())
+        reached = _next(reached, cost[cheapest])
+        costs[removals[0].left[cheapest]] = reached
+        for removal in removals:
+            removal.remove_one(cheapest)
+    return costs
 
 
 def _runs(groups: int, size: int) -> list[slice]:

@@ -87,7 +87,7 @@ def measure(
         shares = method.allocate(dense.shape(), scores, budget * macs)
         for solved in (False, True):
             vit = dense_model()
-            uncut = replace(method, compensate=solved).cut_scored(vit, scores, shares)
+            uncut = replace(method, compensate=solved).cut_scored(vit, batches, scores, shares)
             start = time.perf_counter()
             if uncut is not None:
                 compensate(vit, uncut, batches)

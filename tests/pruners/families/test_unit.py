@@ -89,16 +89,15 @@ def test_the_width_goes_before_what_branches_write(tiny) -> None:
     assert width.shrink(vit.shape(), {"blocks.0.mlp.neuron": 0.5}).blocks[0].hidden == 48
 
 
-def test_what_stays_takes_over_from_units_but_not_from_channels(tiny, batches) -> None:
-    """Compensation is that of a cut from the narrower model; a width alone needs no images."""
+def test_the_width_is_compensated_before_other_units_go(tiny, batches) -> None:
     pruner = load_method("grouped", criterion="magnitude", units=("neuron", "width"))
     neurons = {"blocks.0.mlp.neuron": 0.5, "blocks.2.mlp.neuron": 0.25}
     vit, other, plain = tiny(), tiny(), tiny()
     scores = pruner.score(vit, [])
-    Plan(steps=(Step(pruner=pruner, thresholds={"width": 0.25}),)).apply(other)
+    pruner.prune(other, batches, {"width": 0.25})
     pruner.cut(plain, scores, {"width": 0.25, **neurons})
     pruner.prune(vit, batches, {**neurons, "width": 0.25})
-    uncut = pruner.cut_scored(other, scores, neurons)
+    uncut = pruner.cut_scored(other, [], scores, neurons)
     compensate(other, uncut, batches)
     state = other.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in vit.state_dict().items())

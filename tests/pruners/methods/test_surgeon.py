@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from pruners import cost_of, load_method
+from pruners.model.width import channel_slices
 from pruners.saliency.kronecker import drawn_labels, kronecker_factors
 from pruners.saliency.removal import Removal
 from tests.models import VARIANTS
@@ -19,7 +20,7 @@ def test_every_kind_of_unit_has_a_score_for_each(variant: str, tiny) -> None:
     vit = tiny(**VARIANTS[variant])
     shape = vit.shape()
     images = torch.randn(8, shape.channels, 24, 16)
-    units = ("head", "qk_dim", "v_dim", "neuron")
+    units = ("head", "qk_dim", "v_dim", "neuron", "width")
     method = load_method("surgeon", units=units)
     scores = method.score(vit, [(images, torch.randint(5, (8,)))])
     assert scores.keys() == method.sites(shape).keys()
@@ -81,6 +82,15 @@ def test_drawn_labels_need_none_and_are_the_same_for_a_seed(tiny, batches) -> No
     other = scored(vit, batches, labels="drawn", seed=1)
     assert all(torch.equal(first[site], again[site]) for site in first)
     assert any(not torch.equal(first[site], other[site]) for site in first)
+
+
+def test_a_channel_that_nobody_reads_goes_first(tiny, batches) -> None:
+    vit = tiny()
+    with torch.no_grad():
+        for module, name, axis in channel_slices(vit):
+            if axis == 1:
+                getattr(module, name)[:, 7] = 0.0
+    assert int(scored(vit, batches, units=("width",))["width"].argmin()) == 7
 
 
 def test_one_order_serves_all_budgets(tiny, batches) -> None:

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from pruners import Plan, PrunableViT, Step, load_method
-from pruners.model.compensation import Uncut, compensate
+from pruners.model.compensation import compensate
 from pruners.model.surgery import keep_neurons, remove_attention, remove_mlp
+from pruners.model.uncut import Uncut
+from pruners.model.width import channel_slices, keep_width
 from tests.models import VARIANTS, images_for
 
 KINDS = [
@@ -34,7 +36,7 @@ def cut_and_uncut(vit: PrunableViT, units: tuple[str, ...], share: float) -> tup
     scores = method.score(vit, [])
     before = same_model(vit)
     shares = dict.fromkeys(method.sites(vit.shape()), share)
-    return method.cut_scored(vit, scores, shares), before
+    return method.cut_scored(vit, [], scores, shares), before
 
 
 def output_error(vit: PrunableViT, whole: PrunableViT, images: Tensor) -> float:
@@ -111,12 +113,14 @@ def test_the_layer_never_errs_more_than_masked(damping: float, tiny) -> None:
 
 
 def output_error_before_norm(vit: PrunableViT, whole: PrunableViT, images: Tensor) -> float:
-    found = []
-    for model in (vit, whole):
-        model = same_model(model)
-        model.vit.norm = torch.nn.Identity()
-        found.append(model.tokens(images).x)
-    return (found[0] - found[1]).square().mean().item()
+    return (before_last_norm(vit, images) - before_last_norm(whole, images)).square().mean().item()
+
+
+@torch.no_grad()
+def before_last_norm(vit: PrunableViT, images: Tensor) -> Tensor:
+    model = same_model(vit)
+    model.vit.norm = torch.nn.Identity()
+    return model.tokens(images).x
 
 
 def test_the_order_of_units_does_not_matter(tiny) -> None:
@@ -207,13 +211,39 @@ def test_tokens_that_are_merged_or_dropped_are_taken_as_they_are(token: str, tin
     assert errors[1] < 0.8 * errors[0]
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_narrower_stream_comes_closer_to_the_channels_that_stay(variant: str, tiny) -> None:
+    vit = tiny(**VARIANTS[variant])
+    whole, batches, channels = same_model(vit), calibration(vit), torch.arange(0, 24, 2)
+    keep_width(vit, channels)
+    images, errors = batches[0][0], []
+    for _ in range(2):
+        narrow, wide = before_last_norm(vit, images), before_last_norm(whole, images)
+        errors.append((narrow - wide[..., channels]).square().mean().item())
+        compensate(vit, Uncut(vit=whole, channels=channels), batches)
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_a_narrower_stream_is_exact_where_the_channels_that_went_said_nothing(tiny) -> None:
+    vit = tiny(norm_layer="rmsnorm").double()
+    with torch.no_grad():
+        for module, name, axis in channel_slices(vit):
+            if axis != 1 and "norm" not in type(module).__name__.lower():
+                getattr(module, name).movedim(axis, 0)[20:] = 0.0
+    whole, batches = same_model(vit), calibration(vit, torch.float64)
+    keep_width(vit, torch.arange(20))
+    compensate(vit, Uncut(vit=whole, channels=torch.arange(20)), batches)
+    with torch.no_grad():
+        assert torch.allclose(vit(batches[0][0]), whole(batches[0][0]), atol=1e-8)
+
+
 def test_ragged_heads_keep_their_padding_zero(tiny) -> None:
     vit = tiny()
     method = load_method("uvc", units=("ragged_v_dim",))
     shape = vit.shape()
     scores = {site: torch.rand(units) for site, units in method.sites(shape).items()}
     shares = {site: 0.2 + 0.3 * (i % 3) for i, site in enumerate(scores)}
-    uncut = method.cut_scored(vit, scores, shares)
+    uncut = method.cut_scored(vit, [], scores, shares)
     assert uncut is not None
     assert vit.masks
     compensate(vit, uncut, calibration(vit))
@@ -229,7 +259,7 @@ def test_half_precision_models_are_solved_in_single_precision(tiny) -> None:
     method = load_method("grouped", criterion="magnitude", units=("qk_dim", "neuron"))
     scores, shares = method.score(single, []), dict.fromkeys(method.sites(single.shape()), 0.5)
     for model, dtype in ((vit, torch.bfloat16), (single, torch.float32)):
-        uncut = method.cut_scored(model, scores, shares)
+        uncut = method.cut_scored(model, [], scores, shares)
         assert uncut is not None
         compensate(model, uncut, calibration(model, dtype))
     for (name, found), wanted in zip(vit.named_parameters(), single.parameters(), strict=True):

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from pruners.saliency.kronecker import Factors
-from pruners.saliency.removal import ORDERED, Removal, dim_costs, head_costs
+from pruners.saliency.removal import ORDERED, Removal, dim_costs, head_costs, shared_costs
 
 
 def random_factors(inputs: int, outputs: int) -> tuple[Tensor, Factors]:
-    generator = torch.Generator().manual_seed(inputs)
+    generator = torch.Generator().manual_seed(inputs + outputs)
     a = torch.randn(3 * inputs, inputs, generator=generator, dtype=torch.float64)
     g = torch.randn(outputs, outputs, generator=generator, dtype=torch.float64)
     weight = torch.randn(outputs, inputs, generator=generator, dtype=torch.float64)
@@ -90,6 +90,17 @@ def test_heads_go_as_a_whole_and_dims_one_from_each_head() -> None:
     gone.append(3 + int(dims[1].argmin()))
     both = loss_without(weight, factors, gone, 0.01)
     assert dims[0].min().item() + dims[1].min().item() == pytest.approx(both)
+
+
+def test_inputs_that_layers_share_cost_what_they_cost_in_all_of_them() -> None:
+    layers = [random_factors(6, 4), random_factors(6, 5)]
+    found = shared_costs([Removal(w, f, 0.01) for w, f in layers])
+    first, second = found.argsort()[:2].tolist()
+    for gone in ([first], [first, second]):
+        wanted = sum(loss_without(w, f, gone, 0.01) for w, f in layers)
+        assert found[gone].sum().item() == pytest.approx(wanted)
+    alone = torch.stack([Removal(w, f, 0.01).costs() for w, f in layers]).sum(dim=0)
+    assert first == int(alone.argmin())
 
 
 def test_inputs_that_cannot_be_inverted_are_refused() -> None:
