@@ -9,9 +9,11 @@ largest deviation over the seeds. Rows of --tuned are fine-tuned too, all by the
 
 from __future__ import annotations
 
+import argparse
+import copy
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -33,6 +35,8 @@ METHODS: dict[str, tuple[str, dict[str, object]]] = {
     "cap": ("grouped", {"criterion": "cap"}),
     "surgeon": ("surgeon", {}),
     "surgeon, drawn labels": ("surgeon", {"labels": "drawn"}),
+    "taylor, width too": ("grouped", {"units": ("head", "neuron", "width")}),
+    "surgeon, width too": ("surgeon", {"units": ("head", "neuron", "width")}),
 }
 
 
@@ -69,24 +73,25 @@ def top1(vit: torch.nn.Module, source: str) -> float:
 
 
 def measure(
-    name: str, seed: int, tuning: Tuning, count: int, budgets: Iterable[float], tuned: bool
+    name: str, seed: int, tuning: Tuning, args: argparse.Namespace
 ) -> list[tuple[str, float, bool, Row]]:
     """Cut at each budget, with the solve and without."""
     torch.set_num_threads(1)
     kind, options = METHODS[name]
-    method, batches, dense = (
-        load_method(kind, **options),
-        calibration(tuning, count, seed),
-        dense_model(),
-    )
+    batches = calibration(tuning, args.calibration, seed)
+    dense = dense_model()
+    if args.rotated:
+        dense = dense.rotated(batches)
+        dense.use_fused_attention(False)
+    method = load_method(kind, **options)
     assert isinstance(method, UnitPruner)
     start = time.perf_counter()
     scores = method.score(dense, batches)
-    scoring, macs, found = time.perf_counter() - start, cost_of(dense.shape()).macs, []
-    for budget in budgets:
+    scoring, macs, found = time.perf_counter() - start, cost_of(dense_model().shape()).macs, []
+    for budget in args.budgets:
         shares = method.allocate(dense.shape(), scores, budget * macs)
         for solved in (False, True):
-            vit = dense_model()
+            vit = copy.deepcopy(dense)
             uncut = replace(method, compensate=solved).cut_scored(vit, batches, scores, shares)
             start = time.perf_counter()
             if uncut is not None:
@@ -99,7 +104,7 @@ def measure(
                 scoring=scoring,
                 solving=solving,
             )
-            if tuned:
+            if name in args.tuned:
                 after = tune(vit, dense, seed, tuning)
                 row = replace(row, val=after.val, test=after.test)
             found.append((name, budget, solved, row))
@@ -123,14 +128,13 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--tuned", nargs="*", default=[], help="methods that are fine-tuned too")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.49, 0.29])
+    parser.add_argument("--rotated", action="store_true", help="to its principal directions")
     parser.add_argument("--calibration", type=int, default=512, help="images")
     args = parser.parse_args()
     tuning, rows, start = tuning_of(args), [], time.perf_counter()
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         pending = [
-            pool.submit(
-                measure, name, seed, tuning, args.calibration, args.budgets, name in args.tuned
-            )
+            pool.submit(measure, name, seed, tuning, args)
             for name in args.methods
             for seed in args.seeds
         ]
