@@ -89,4 +89,4 @@ def test_methods_and_models_need_the_base_alone(tmp_path: Path) -> None:
         timeout=100,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["19", "True", "48"]
+    assert done.stdout.split() == ["22", "True", "48"]
