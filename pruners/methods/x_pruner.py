@@ -15,7 +15,8 @@ below are known through re-implementations that cite them; what is silent is dec
 - The weight gamma of the budget's term (eqs. 10-11) is solved for in each step too: it is what
   leaves R as it is. A common part of all thresholds keeps R at what is to be removed, which rises
   along a line, so that the weights follow. Ascending multipliers need hundreds of steps for that.
-- The budget counts multiply-adds, not mask elements.
+- The budget counts multiply-adds, not mask elements. No mask falls below 0. The loss of stage 2 has
+  the divergence from the dense model beside the cross-entropy (`distill`).
 - Rates are lengths per run and divided by its number of steps.
 """
 
