@@ -61,6 +61,8 @@ FALL = (0.1, 0.8)
 """Part of stage 1 in which the masks fall to the budget: first the curvature must be known."""
 CUT = (0.0, 0.6)
 """Part of stage 2 in which units go; the weights train on without them."""
+LAST = 10.0
+"""Place of a site's best unit, which always stays: above all others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +74,6 @@ class XPruner(LearnedPruner):
     their summed absolute second differences. Stage 2 (`epochs`): the masks, summed over classes,
     score the units, labels are no longer needed, and thresholds and weights train under the budget
     (eqs. 9-11).
-
-    Rates with "per run" are divided by the number of steps, so that runs of 60 and of 600 steps get
-    equally far.
 
     Attributes:
         budget: Share of the dense cost that the masks fall to and thresholds are learned for.
@@ -219,7 +218,8 @@ class XPrunerLearner(UnitLearner):
         """
         own = dict(zip(self.sites, self.thresholds, strict=True))
         raised = {site: place - own[site] for site, place in self.places.items()}
-        common = cutoff(raised, self.costs, self.removal)
+        last = {s: r.masked_fill(r == r.max(), LAST) for s, r in raised.items()}
+        common = cutoff(last, self.costs, self.removal)
         return {site: place - common for site, place in raised.items()}
 
     def gate_values(self) -> Scores:
