@@ -257,7 +257,9 @@ def places(importance: Scores, costs: Mapping[str, float]) -> Scores:
 
 @torch.no_grad()
 def cutoff(scores: Scores, costs: Mapping[str, float], share: float) -> Tensor:
-    """Return the score below which units lie that cost a share together, or just less; [].
+    """Return a score, []: below it lie just so many units that they cost a share, or more.
+
+    As `allocate` does, which then cuts the units that were trained without, and no more.
 
     Args:
         scores: Site -> [units].
@@ -266,7 +268,8 @@ def cutoff(scores: Scores, costs: Mapping[str, float], share: float) -> Tensor:
     """
     flat, own = _by_unit(scores, costs)
     ascending, order = flat.sort(stable=True)
-    count = torch.searchsorted(own[order].cumsum(0), share * (1.0 + 1e-6), right=True)
+    below = torch.cat([own.new_zeros(1), own[order].cumsum(0)])  # of 0, 1, ... units
+    count = torch.searchsorted(below, share * (1.0 - 1e-6)).clamp(max=len(flat))
     ends = torch.cat([ascending[:1] - 1.0, ascending, ascending[-1:] + 1.0])
     return (ends[count] + ends[count + 1]) / 2.0
 

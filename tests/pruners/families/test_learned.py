@@ -186,7 +186,7 @@ def test_a_units_place_is_the_cost_that_ranks_lower_and_half_its_own() -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.1, 0.29, 0.3, 0.5, 0.7, 2.0])
-def test_below_the_cutoff_lies_the_largest_set_of_lowest_units_within_a_share(share: float) -> None:
+def test_below_the_cutoff_lies_the_smallest_set_of_lowest_units_of_a_share(share: float) -> None:
     importance, costs = some_units()
     limit = cutoff(importance, costs, share)
     ranked = sorted(
@@ -194,7 +194,7 @@ def test_below_the_cutoff_lies_the_largest_set_of_lowest_units_within_a_share(sh
         for site, scores in importance.items()
         for score in scores
     )
-    wanted = [sum(c for _, c in ranked[: n + 1]) <= share + 1e-9 for n in range(len(ranked))]
+    wanted = [sum(c for _, c in ranked[:n]) < share - 1e-6 for n in range(len(ranked))]
     assert [score < limit for score, _ in ranked] == wanted
     raised = cutoff({site: scores + 3.0 for site, scores in importance.items()}, costs, share)
     torch.testing.assert_close(raised, limit + 3.0)
