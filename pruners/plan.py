@@ -16,7 +16,6 @@ from pruners.model.sites import WIDTH
 from pruners.model.types import Batches, Thresholds
 from pruners.model.uncut import Uncut
 from pruners.model.vit import ViT
-from pruners.training.learner import LearningData
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,11 +172,11 @@ def _cut_units(
     pruner: UnitPruner, vit: ViT, batches: Batches, known: Learned | None, thresholds: Thresholds
 ) -> Uncut | None:
     """Cut units in place; return what the model was, if what stays is to be compensated."""
+    if known is None:
+        return pruner.cut_anew(vit, batches, thresholds)
     if isinstance(pruner, LearnedPruner):
-        known = known or pruner.learn(vit, LearningData.of(batches))
-        pruner.take_over(vit, known, thresholds)
-    scores = pruner.score(vit, batches) if known is None else known.scores
-    return pruner.cut_scored(vit, batches, scores, thresholds)
+        return pruner.cut_known(vit, batches, known, thresholds)
+    return pruner.cut_scored(vit, batches, known.scores, thresholds)
 
 
 def _refuse_late(step: Step, shape: ViTShape) -> None:

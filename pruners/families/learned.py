@@ -19,12 +19,12 @@ from torch import Tensor
 from pruners.families.allocation import common_cutoff
 from pruners.families.options import LARGEST_SEED, option
 from pruners.families.unit import UnitPruner
-from pruners.model.compensation import compensate
 from pruners.model.cost import cost_of
 from pruners.model.files import load_weights, write_tensors
 from pruners.model.shape import ViTShape
 from pruners.model.sites import block_of, block_site, kind_of
 from pruners.model.types import Batches, Scores, Thresholds
+from pruners.model.uncut import Uncut
 from pruners.model.vit import ViT
 from pruners.training.learner import Learner, LearningData, run
 
@@ -173,13 +173,16 @@ class LearnedPruner(UnitPruner, abc.ABC):
         """Learn on the batches, the same in every epoch, and return the scores alone."""
         return self.learn(vit, LearningData.of(batches)).scores
 
-    def prune(self, vit: ViT, batches: Batches, thresholds: Thresholds) -> None:
-        """Learn on the batches, cut, and compensate what stays, in place."""
-        learned = self.learn(vit, LearningData.of(batches))
+    def cut_anew(self, vit: ViT, batches: Batches, thresholds: Thresholds) -> Uncut | None:
+        """Learn, then do what `cut_known` does."""
+        return self.cut_known(vit, batches, self.learn(vit, LearningData.of(batches)), thresholds)
+
+    def cut_known(
+        self, vit: ViT, batches: Batches, learned: Learned, thresholds: Thresholds
+    ) -> Uncut | None:
+        """Take over what was learned of a model, then do what `cut_scored` does."""
         self.take_over(vit, learned, thresholds)
-        uncut = self.cut_scored(vit, batches, learned.scores, thresholds)
-        if uncut is not None:
-            compensate(vit, uncut, batches)
+        return self.cut_scored(vit, batches, learned.scores, thresholds)
 
     def take_over(self, vit: ViT, learned: Learned, thresholds: Thresholds) -> None:
         """Give a model the learned weights, if they are kept, before it is cut."""

@@ -108,20 +108,6 @@ class Pruner(abc.ABC):
                 )
 
 
-def check_scores(pruner: Pruner, shape: ViTShape, scores: Scores, thresholds: Thresholds) -> None:
-    """Refuse scores of another network than the one that is cut.
-
-    Raises:
-        ValueError: That names the site.
-    """
-    for site, units in pruner.sites(shape).items():
-        if 0.0 < thresholds.get(site, 0.0) < 1.0 and scores[site].shape[-1] != units:
-            raise ValueError(
-                f"{pruner.name} has scores of {scores[site].shape[-1]} units at {site}, which has "
-                f"{units}; give scores of this network"
-            )
-
-
 @runtime_checkable
 class ReducesTokens(Protocol):
     """A method whose models hold token reducers, which a saved model is rebuilt with."""

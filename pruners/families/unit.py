@@ -9,21 +9,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from pruners.families.allocation import rank_globally, rank_with_width
 from pruners.families.options import option
-from pruners.families.pruner import Pruner, check_scores
-from pruners.model.attention import Attention
+from pruners.families.pruner import Pruner
+from pruners.families.ragged import RaggedHeads
 from pruners.model.compensation import compensate
 from pruners.model.ranking import cut_attention, cut_mlp, highest, slice_scores
 from pruners.model.shape import BlockShape, ViTShape, units_kept
-from pruners.model.sites import RAGGED, WHOLE, WIDTH, kind_of, ragged_site, unit_sites
+from pruners.model.sites import RAGGED, WHOLE, WIDTH, kind_of, unit_sites
 from pruners.model.surgery import (
     keep_attention_writes,
-    keep_ragged_dims,
-    padded_size,
     remove_attention,
     remove_mlp,
 )
@@ -133,7 +128,8 @@ class UnitPruner(Pruner, abc.ABC):
         blocks, nonzero = [], dict(shape.nonzero)
         for index, block in enumerate(shape.blocks):
             kept = dict(_units_kept(self, shape, block, index, thresholds))
-            zeros = _shrink_ragged(self, shape, index, kept, thresholds)
+            heads = RaggedHeads.of(self.units, shape, index, thresholds)
+            zeros = heads.shrink(kept, self.multiple) if heads else None
             qkv_rows, v_columns = zeros or (0, 0)
             if kept.pop("block", 1) == 0:
                 kept |= {"heads": 0, "hidden": 0}
@@ -168,10 +164,9 @@ class UnitPruner(Pruner, abc.ABC):
                 if shape.attn_out < block.attn.proj.out_features:
                     writes = scores[f"blocks.{index}.attn.attn_out"]
                     keep_attention_writes(block, highest(writes, shape.attn_out))
-                for layer, mask in _cut_ragged(
-                    self, before, index, block.attn, scores, thresholds
-                ).items():
-                    vit.masks[f"blocks.{index}.attn.{layer}"] = mask
+                if heads := RaggedHeads.of(self.units, before, index, thresholds):
+                    for layer, mask in heads.cut(block.attn, scores, self.multiple).items():
+                        vit.masks[f"blocks.{index}.attn.{layer}"] = mask
                 cut_attention(block, shape, scores, f"blocks.{index}.attn")
             if block.mlp is not None and shape.hidden == 0:
                 remove_mlp(block)
@@ -180,9 +175,13 @@ class UnitPruner(Pruner, abc.ABC):
 
     def prune(self, vit: ViT, batches: Batches, thresholds: Thresholds) -> None:
         """Score, cut, and compensate what stays, in place."""
-        uncut = self.cut_scored(vit, batches, self.score(vit, batches), thresholds)
+        uncut = self.cut_anew(vit, batches, thresholds)
         if uncut is not None:
             compensate(vit, uncut, batches)
+
+    def cut_anew(self, vit: ViT, batches: Batches, thresholds: Thresholds) -> Uncut | None:
+        """Score, then do what `cut_scored` does."""
+        return self.cut_scored(vit, batches, self.score(vit, batches), thresholds)
 
     def cut_scored(
         self, vit: ViT, batches: Batches, scores: Scores, thresholds: Thresholds
@@ -216,6 +215,20 @@ class UnitPruner(Pruner, abc.ABC):
             compensate(vit, Uncut(vit=whole, channels=channels), batches)
 
 
+def check_scores(pruner: Pruner, shape: ViTShape, scores: Scores, thresholds: Thresholds) -> None:
+    """Refuse scores of another network than the one that is cut.
+
+    Raises:
+        ValueError: That names the site.
+    """
+    for site, units in pruner.sites(shape).items():
+        if 0.0 < thresholds.get(site, 0.0) < 1.0 and scores[site].shape[-1] != units:
+            raise ValueError(
+                f"{pruner.name} has scores of {scores[site].shape[-1]} units at {site}, which has "
+                f"{units}; give scores of this network"
+            )
+
+
 _FIELDS = {
     "head": "heads",
     "qk_dim": "qk_dim",
@@ -237,67 +250,6 @@ def _units_kept(
             for site, units in unit_sites(shape, block, index, kind):
                 multiple = 1 if kind in ("head", "block") else pruner.multiple
                 yield _FIELDS[kind], units_kept(units, thresholds.get(site, 0.0), multiple)
-
-
-def _ragged_counts(
-    pruner: UnitPruner, shape: ViTShape, index: int, thresholds: Thresholds
-) -> tuple[str, list[int]]:
-    """Return the ragged kind and the dims that each head keeps; no heads if nothing is cut."""
-    for kind in set(pruner.units) & set(RAGGED):
-        sites = dict(unit_sites(shape, shape.blocks[index], index, kind))
-        if any(thresholds.get(site, 0.0) > 0.0 for site in sites):
-            return kind, [units_kept(n, thresholds.get(site, 0.0)) for site, n in sites.items()]
-    return "", []
-
-
-def _shrink_ragged(
-    pruner: UnitPruner,
-    shape: ViTShape,
-    index: int,
-    kept: dict[str, int],
-    thresholds: Thresholds,
-) -> tuple[int, int] | None:
-    """Add heads and padded sizes to `kept`; return the rows and columns that are not padding.
-
-    None where nothing is padded.
-    """
-    kind, counts = _ragged_counts(pruner, shape, index, thresholds)
-    if not kind:
-        return None
-    block, alive = shape.blocks[index], [count for count in counts if count]
-    kept["heads"] = len(alive)
-    if not alive:
-        return None
-    qk_too = kind == "ragged_dim" and not shape.qk_norm
-    kept["v_dim"] = padded_size(max(alive), block.v_dim, pruner.multiple)
-    if qk_too:
-        kept["qk_dim"] = kept["v_dim"]
-    if min(alive) == kept["v_dim"]:
-        return None
-    qk_rows = sum(alive) if qk_too else len(alive) * block.qk_dim
-    return 2 * qk_rows + sum(alive), sum(alive)
-
-
-def _cut_ragged(
-    pruner: UnitPruner,
-    shape: ViTShape,
-    index: int,
-    attn: Attention,
-    scores: Scores,
-    thresholds: Thresholds,
-) -> dict[str, Tensor]:
-    """Cut dims head by head and return the masks of the padding."""
-    kind, counts = _ragged_counts(pruner, shape, index, thresholds)
-    if not kind:
-        return {}
-    device = attn.qkv.weight.device
-    v = torch.zeros(attn.heads, attn.v_dim, dtype=torch.bool, device=device)
-    for head, count in enumerate(counts):
-        v[head, highest(scores[ragged_site(index, head, kind)], count).to(device)] = True
-    qk = v
-    if kind == "ragged_v_dim" or shape.qk_norm:
-        qk = torch.ones(attn.heads, attn.qk_dim, dtype=torch.bool, device=device)
-    return keep_ragged_dims(attn, qk, v, pruner.multiple)
 
 
 def _without_empty_branches(block: BlockShape) -> BlockShape:

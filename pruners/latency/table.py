@@ -18,7 +18,7 @@ import torch
 from pruners.latency.timing import seconds_in_turn
 from pruners.model.shape import BlockShape, ViTShape
 from pruners.model.tokens import FrontReducer, Tokens
-from pruners.model.vit import ViT
+from pruners.model.vit import ViT, eval_mode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,8 +156,6 @@ def measure_latency(
     if not counts or counts[0] < 1:
         raise ValueError(f"counts is {counts}; give numbers of tokens, 1 or more")
     kinds, examples = _kinds(shape)
-    was_training = vit.training
-    vit.eval()
     selector = selector.to(device).eval()
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
     streams = [draw(batch, count, shape.dim).to(device) for count in counts]
@@ -165,9 +163,9 @@ def measure_latency(
     parts: list[Callable[[], object]] = [lambda: vit.classify(_outer(vit, images))]
     for front in (selector, *(vit.blocks[index] for index in examples)):
         parts += [_call(front, Tokens(x)) for x in streams]
-    times = seconds_in_turn(parts, rounds=rounds, warmup=warmup, device=device)
+    with eval_mode(vit):
+        times = seconds_in_turn(parts, rounds=rounds, warmup=warmup, device=device)
     seconds = [statistics.median(taken) / batch for taken in times]
-    vit.train(was_training)
     rows = [tuple(seconds[i : i + len(counts)]) for i in range(1, len(seconds), len(counts))]
     return LatencyTable(
         counts=tuple(counts),

@@ -23,6 +23,7 @@ from pruners.model.shape import ViTShape
 from pruners.model.sites import WIDTH, block_of, kind_of
 from pruners.model.types import Batches, Scores, Thresholds
 from pruners.model.vit import ViT
+from pruners.model.width import stream_readers
 from pruners.saliency.kronecker import Factors, drawn_labels, kronecker_factors, true_labels
 from pruners.saliency.removal import Removal, dim_costs, head_costs, shared_costs
 
@@ -113,11 +114,7 @@ def key_costs(factors: Factors, heads: int, damping: float) -> Tensor:
 def _readers(vit: ViT, site: str) -> dict[str, nn.Module]:
     """Return name -> module of what reads a site's units; keys' norm stands for the logits."""
     if site == WIDTH:
-        layers: dict[str, nn.Module] = {
-            name: layer for name, layer in vit.linears() if name.endswith(("qkv", "fc1"))
-        }
-        heads = {name: getattr(vit.vit, name, None) for name in ("head", "head_dist")}
-        return layers | {n: head for n, head in heads.items() if isinstance(head, nn.Linear)}
+        return dict(stream_readers(vit))
     index, kind = block_of(site), kind_of(site)
     block = vit.blocks[index]
     if kind == "neuron":

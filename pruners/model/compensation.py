@@ -21,8 +21,7 @@ compared that are really there.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -37,7 +36,7 @@ from pruners.model.solved_layer import Layer, Writer
 from pruners.model.tokens import Tokens
 from pruners.model.types import Batches
 from pruners.model.uncut import Uncut
-from pruners.model.vit import Block, ViT
+from pruners.model.vit import Block, ViT, eval_mode
 
 DAMPING = 1e-3
 """Relative damping of the solves."""
@@ -73,23 +72,28 @@ def compensate(vit: ViT, uncut: Uncut, batches: Batches, damping: float = DAMPIN
             layer.
     """
     device = next(vit.parameters()).device
-    with _evaluating(vit), _evaluating(uncut.vit):
+    with eval_mode(vit), eval_mode(uncut.vit):
         streams = []
         for images, _ in batches:
             x = images.to(device)
-            streams.append(_Streams(Tokens(_exact(vit.embed(x))), _exact(uncut.vit.embed(x))))
+            own = _exact(vit.embed(x))
+            whole = own if uncut.channels is None else _exact(uncut.vit.embed(x))
+            streams.append(_Streams(Tokens(own), whole))
         if not streams:
             raise ValueError(
                 "compensate is true, but there are no calibration images; give batches of images, "
                 "or compensate = false"
             )
         walk = _Walk(streams, damping, uncut.channels)
-        pairs = list(zip(vit.blocks, uncut.vit.blocks, strict=True))
-        while pairs and pairs[-1][0].attn is None and pairs[-1][0].mlp is None:
-            pairs.pop()  # nothing is left behind that could make up for it
-        for index, (block, whole) in enumerate(pairs):
+        solved = [_exact(block) for block in vit.blocks]
+        while solved and solved[-1].attn is None and solved[-1].mlp is None:
+            solved.pop()  # nothing is left behind that could make up for it
+        for index, block in enumerate(solved):
             rows = uncut.query_rows[index] if uncut.query_rows else None
-            walk.through(f"blocks.{index}", block, whole, rows)
+            walk.through(f"blocks.{index}", block, _exact(uncut.vit.blocks[index]), rows)
+    for block, exact in zip(vit.blocks, solved, strict=False):
+        if block is not exact:
+            block.load_state_dict(exact.state_dict())
     apply_masks(dict(vit.linears()), vit.masks)
 
 
@@ -108,53 +112,50 @@ class _Walk:
         self.equal = channels is None
         self.writer: Writer | None = None
 
-    def through(self, name: str, real: Block, dense: Block, rows: Tensor | None) -> None:
-        """Pass a block.
+    def through(self, name: str, block: Block, whole: Block, rows: Tensor | None) -> None:
+        """Pass a block; both are in float32 or float64.
 
         Args:
             name: Its name.
-            real: The cut model's; its weights are corrected.
-            dense: The uncut model's.
+            block: The cut model's; its weights are corrected.
+            whole: The uncut model's.
             rows: Where its q rows came from, [H', K'], if q/k dims were cut.
         """
-        block, whole = _exact(real), _exact(dense)
         if block.front is not None:
             self._go(block.front, None)
         if whole.attn is not None:
             ahead = self._ahead(whole.attend)
-            self._attention(name, block, real, whole.attn, whole.norm1, rows, ahead)
+            self._attention(name, block, whole.attn, whole.norm1, rows, ahead)
             self._go(block.attend, ahead if block.middle is None else None)
         if whole.mlp is not None:
             ahead = self._ahead(whole.feed)
-            self._mlp(name, block, real, whole.mlp, whole.norm2, ahead)
+            self._mlp(name, block, whole.mlp, whole.norm2, ahead)
             self._go(block.feed, ahead)
 
     def _attention(
         self,
         name: str,
         block: Block,
-        real: Block,
         whole: Attention,
         whole_norm: nn.Module | None,
         rows: Tensor | None,
         ahead: list[Tensor],
     ) -> None:
         attn, norm, scale = block.attn, block.norm1, block.ls1
-        if attn is None or norm is None or scale is None or real.attn is None:
+        if attn is None or norm is None or scale is None:
             self._miss(ahead)
             return
-        reader = Layer(f"{name}.attn.qkv", attn.qkv, real.attn.qkv)
+        reader = Layer(f"{name}.attn.qkv", attn.qkv)
         if rows is not None and attn.qk_dim < whole.qk_dim:
             inputs = (norm(s.tokens.x) for s in self.streams)
             if not fold_keys(attn, whole, rows, inputs, self.damping):
                 raise reader.unsolvable(self.damping)
-            reader.store()
         self._read(reader, norm, whole.qkv, whole_norm)
 
         def mixed(tokens: Tokens) -> Tensor:
             return attn.mix(norm(tokens.x), tokens.size, tokens.policy).output
 
-        layer = Layer(f"{name}.attn.proj", attn.proj, real.attn.proj)
+        layer = Layer(f"{name}.attn.proj", attn.proj)
         writer = Writer(layer, scale, block.attn_rows)
         same = _equal(attn.qkv, whole.qkv) and _equal(attn.proj, whole.proj)
         self._correct(writer, mixed, ahead, same)
@@ -163,24 +164,23 @@ class _Walk:
         self,
         name: str,
         block: Block,
-        real: Block,
         whole: Mlp,
         whole_norm: nn.Module | None,
         ahead: list[Tensor],
     ) -> None:
         mlp, norm, scale = block.mlp, block.norm2, block.ls2
-        if mlp is None or norm is None or scale is None or real.mlp is None:
+        if mlp is None or norm is None or scale is None:
             self._miss(ahead)
             return
 
-        reader = Layer(f"{name}.mlp.fc1", mlp.fc1, real.mlp.fc1)
+        reader = Layer(f"{name}.mlp.fc1", mlp.fc1)
         self._read(reader, norm, whole.fc1, whole_norm)
 
         def neurons(tokens: Tokens) -> Tensor:
             found: Tensor = mlp.norm(mlp.drop1(mlp.act(mlp.fc1(norm(tokens.x)))))
             return found
 
-        layer = Layer(f"{name}.mlp.fc2", mlp.fc2, real.mlp.fc2)
+        layer = Layer(f"{name}.mlp.fc2", mlp.fc2)
         writer = Writer(layer, scale, block.mlp_rows)
         same = _equal(mlp.fc1, whole.fc1) and _equal(mlp.fc2, whole.fc2)
         self._correct(writer, neurons, ahead, same)
@@ -262,13 +262,3 @@ def _exact(part: Part) -> Part:
     if like is None or like.dtype in (torch.float32, torch.float64):
         return part
     return part.float() if isinstance(part, Tensor) else copy.deepcopy(part).float()
-
-
-@contextmanager
-def _evaluating(vit: ViT) -> Iterator[None]:
-    was_training = vit.training
-    vit.eval()
-    try:
-        yield
-    finally:
-        vit.train(was_training)

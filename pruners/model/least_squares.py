@@ -40,13 +40,15 @@ class Moments:
         self._shift: tuple[Tensor, Tensor] | None = None
         self._sums: list[Tensor] = []
 
-    def add(self, inputs: Tensor, targets: Tensor) -> None:
+    def add(self, inputs: Tensor, targets: Tensor | None = None) -> None:
         """Add tokens.
 
         Args:
             inputs: a, [n, in].
-            targets: y, [n, out].
+            targets: y, [n, out]; None where only the inputs are of interest.
         """
+        if targets is None:
+            targets = inputs[:, :0]
         if self._shift is None:
             self._shift = inputs.mean(dim=0), targets.mean(dim=0)
         a, y = inputs - self._shift[0], targets - self._shift[1]

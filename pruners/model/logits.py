@@ -43,7 +43,7 @@ def fold_keys(
     for x in inputs:
         k = x @ keys.T  # a bias is the same for all tokens
         k = (k - k.mean(dim=1, keepdim=True)).flatten(0, 1)
-        moments.add(k, k[:, :0])
+        moments.add(k)
     covariance, _ = moments.covariances()  # [H * K, H * K]
     for head, own in enumerate(rows.to(covariance.device)):
         kept = own[own >= 0]

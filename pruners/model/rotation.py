@@ -21,7 +21,7 @@ from pruners.model.architecture import build
 from pruners.model.files import load_weights
 from pruners.model.tokens import Tokens
 from pruners.model.types import Batches
-from pruners.model.vit import ViT
+from pruners.model.vit import ViT, eval_mode
 
 EPS = 1e-6
 """Of timm's LayerNorm in Vision Transformers, and of its RMSNorm."""
@@ -69,15 +69,13 @@ def principal_directions(vit: ViT, batches: Batches) -> Tensor:
     """
     dim, device = vit.vit.embed_dim, next(vit.parameters()).device
     moments = torch.zeros(dim, dim, dtype=torch.float64, device=device)
-    was_training = vit.training
-    vit.eval()
-    for images, _ in batches:
-        tokens = Tokens(vit.embed(images.to(device)))
-        for block in (*vit.blocks, None):
-            x = F.layer_norm(tokens.x.double(), (dim,)).flatten(0, 1)  # [B * N, D]
-            moments += x.T @ x
-            tokens = block(tokens) if block is not None else tokens
-    vit.train(was_training)
+    with eval_mode(vit):
+        for images, _ in batches:
+            tokens = Tokens(vit.embed(images.to(device)))
+            for block in (*vit.blocks, None):
+                x = F.layer_norm(tokens.x.double(), (dim,)).flatten(0, 1)  # [B * N, D]
+                moments += x.T @ x
+                tokens = block(tokens) if block is not None else tokens
     if not bool(moments.any()):
         raise ValueError("there are no calibration images; give at least one batch")
     return torch.linalg.eigh(moments).eigenvectors.flip(1)

@@ -19,12 +19,10 @@ class Layer(NamedTuple):
     Attributes:
         name: Its name in the model.
         linear: The layer, in float32 or float64.
-        real: The model's own: the same, or in lower precision.
     """
 
     name: str
     linear: nn.Linear
-    real: nn.Linear
 
     def add(self, weight: Tensor | None, bias: Tensor) -> None:
         """Add to the weights, [out, in], and to the bias if there is one, [out]."""
@@ -32,7 +30,6 @@ class Layer(NamedTuple):
             self.linear.weight.add_(weight.to(self.linear.weight))
         if self.linear.bias is not None:
             self.linear.bias.add_(bias.to(self.linear.bias))
-        self.store()
 
     def solve(self, moments: Moments, damping: float) -> None:
         """Add what its output lacks, as far as its inputs tell.
@@ -44,11 +41,6 @@ class Layer(NamedTuple):
         if found is None:
             raise self.unsolvable(damping)
         self.add(found.weight, found.bias)
-
-    def store(self) -> None:
-        """Give the model its weights."""
-        if self.real is not self.linear:
-            self.real.load_state_dict(self.linear.state_dict())
 
     def unsolvable(self, damping: float) -> ValueError:
         """Return the error of a system that cannot be solved."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from timm.layers import Attention as TimmAttention
@@ -210,6 +211,17 @@ class ViT(nn.Module):
             blocks=tuple(blocks),
             nonzero={site: int(mask.sum()) for site, mask in self.masks.items()},
         )
+
+
+@contextmanager
+def eval_mode(vit: ViT) -> Iterator[None]:
+    """Run a model in evaluation mode, and put its own back afterwards."""
+    was_training = vit.training
+    vit.eval()
+    try:
+        yield
+    finally:
+        vit.train(was_training)
 
 
 def _add(x: Tensor, branch: Tensor, rows: Tensor | None) -> Tensor:

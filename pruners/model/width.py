@@ -51,21 +51,23 @@ def channel_slices(vit: ViT) -> Iterator[tuple[nn.Module, str, int]]:
     for name in ("cls_token", "dist_token", "reg_token", "pos_embed"):
         if getattr(vit.vit, name, None) is not None:
             yield vit.vit, name, 2  # [1, tokens, D]
-    writers: list[nn.Module] = [vit.vit.patch_embed.proj]
-    readers = [module for _, module in _heads(vit)]
-    for block in vit.blocks:
-        if block.attn is not None:
-            writers.append(block.attn.proj)
-            readers.append(block.attn.qkv)
-        if block.mlp is not None:
-            writers.append(block.mlp.fc2)
-            readers.append(block.mlp.fc1)
-    for module in (*writers, *(norm for _, norm in _vectors(vit))):
+    writers = [layer for name, layer in vit.linears() if name.endswith(("proj", "fc2"))]
+    vectors = [norm for _, norm in _vectors(vit)]
+    for module in (vit.vit.patch_embed.proj, *writers, *vectors):
         for name, _ in module.named_parameters():
             yield module, name, 0
-    for module in readers:
-        if isinstance(module, nn.Linear):
-            yield module, "weight", 1
+    for _, layer in stream_readers(vit):
+        yield layer, "weight", 1
+
+
+def stream_readers(vit: ViT) -> Iterator[tuple[str, nn.Linear]]:
+    """Yield (name, layer) of each linear layer that reads the residual stream."""
+    for name, layer in vit.linears():
+        if name.endswith(("qkv", "fc1")):
+            yield name, layer
+    for name, head in _heads(vit):
+        if isinstance(head, nn.Linear):
+            yield name, head
 
 
 def narrowed(shape: ViTShape, dim: int) -> ViTShape:

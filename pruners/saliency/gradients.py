@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pruners.model.types import Batches
-from pruners.model.vit import ViT
+from pruners.model.vit import ViT, eval_mode
 
 
 def batch_gradients(vit: ViT, batches: Batches) -> Iterator[dict[str, Tensor]]:
@@ -48,7 +48,7 @@ def sample_gradients(
         sites: The layers wanted.
     """
     layers = {site: layer for site, layer in vit.linears() if site in sites}
-    with _recorded(layers) as (inputs, outputs):
+    with recorded(layers) as (inputs, outputs):
         loss = F.cross_entropy(vit(images), labels, reduction="sum")
     errors = torch.autograd.grad(loss, [outputs[site] for site in layers])
     return {
@@ -82,34 +82,40 @@ def evaluating(vit: ViT) -> Iterator[None]:
 
     Fused attention can neither be differentiated twice nor mapped over samples.
     """
-    was_training = vit.training
     fused = [block.attn.fused_attn for block in vit.blocks if block.attn is not None]
-    vit.eval()
     vit.use_fused_attention(False)
     try:
-        yield
+        with eval_mode(vit):
+            yield
     finally:
-        vit.train(was_training)
         attentions = [block.attn for block in vit.blocks if block.attn is not None]
         for attn, was_fused in zip(attentions, fused, strict=True):
             attn.fused_attn = was_fused
 
 
 @contextmanager
-def _recorded(
-    layers: dict[str, nn.Linear],
+def recorded(
+    places: Mapping[str, nn.Module],
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Record inputs and outputs of layers during a forward pass; nothing is left on the model."""
+    """Record what modules read and say during a forward pass; nothing is left on the model.
+
+    Args:
+        places: Name -> module. What it says takes a gradient, though all weights be frozen.
+
+    Yields:
+        Name -> what it reads, [B, N, in], detached; name -> what it says, [B, N, out].
+    """
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
-    def record(site: str, layer: nn.Linear) -> torch.utils.hooks.RemovableHandle:
+    def record(name: str, place: nn.Module) -> torch.utils.hooks.RemovableHandle:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            inputs[site], outputs[site] = arguments[0].detach(), output
+            inputs[name] = arguments[0].detach()
+            outputs[name] = output if output.requires_grad else output.requires_grad_()
 
-        return layer.register_forward_hook(hook)
+        return place.register_forward_hook(hook)
 
-    handles = [record(site, layer) for site, layer in layers.items()]
+    handles = [record(name, place) for name, place in places.items()]
     try:
         yield inputs, outputs
     finally:

@@ -8,8 +8,7 @@ of the output costs in loss, the same unit in all layers of a network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from pruners.model.least_squares import Moments
 from pruners.model.types import Batches
 from pruners.model.vit import ViT
-from pruners.saliency.gradients import evaluating
+from pruners.saliency.gradients import evaluating, recorded
 
 Labels = Callable[[Tensor, Tensor], Tensor]
 """Logits [B, classes] and given labels [B] -> the labels [B] of which the loss is taken."""
@@ -48,7 +47,7 @@ class _Sums:
     def add(self, inputs: Tensor, gradient: Tensor) -> None:
         """Add inputs [B, N, in] and the gradient of their output, [B, N, out]."""
         flat = inputs.flatten(0, 1).float()
-        self.moments.add(flat, flat[:, :0])
+        self.moments.add(flat)
         g = gradient.flatten(0, 1).float()
         self.outer = self.outer.to(g.device) + (g.T @ g).double()
         self.images += len(gradient)
@@ -80,9 +79,8 @@ def kronecker_factors(
     Args:
         vit: The model.
         batches: Calibration images.
-        places: Name -> module. Of a linear layer what it reads and the gradient of what it says are
-            taken; of any other, such as the norm of the keys, [B, H, N, K], both of its output, as
-            [B, N, H * K].
+        places: Name -> module that reads [B, N, in], [B, in], or keys by head, [B, H, N, K], which
+            count as [B, N, H * K]; the gradient is that of what it says.
         labels: See `Labels`.
 
     Raises:
@@ -90,7 +88,7 @@ def kronecker_factors(
     """
     sums = {name: _Sums() for name in places}
     device = next(vit.parameters()).device
-    with evaluating(vit), _recording(places) as (inputs, outputs), torch.enable_grad():
+    with evaluating(vit), recorded(places) as (inputs, outputs), torch.enable_grad():
         for images, given in batches:
             logits = vit(images.to(device))
             loss = F.cross_entropy(logits, labels(logits, given), reduction="sum")
@@ -107,26 +105,3 @@ def _by_token(x: Tensor) -> Tensor:
     if x.dim() == 2:
         return x.unsqueeze(1)
     return x if x.dim() == 3 else x.transpose(1, 2).flatten(2)
-
-
-@contextmanager
-def _recording(
-    places: dict[str, nn.Module],
-) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Record inputs and outputs of modules during forward passes; nothing is left on the model."""
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
-
-    def record(name: str, place: nn.Module) -> torch.utils.hooks.RemovableHandle:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            outputs[name] = output if output.requires_grad else output.requires_grad_()
-            inputs[name] = (arguments[0] if isinstance(module, nn.Linear) else output).detach()
-
-        return place.register_forward_hook(hook)
-
-    handles = [record(name, place) for name, place in places.items()]
-    try:
-        yield inputs, outputs
-    finally:
-        for handle in handles:
-            handle.remove()

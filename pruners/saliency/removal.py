@@ -69,7 +69,8 @@ class Removal:
     def group_costs(self, size: int) -> Tensor:
         """Return what removing each run of `size` inputs that are left would cost, [in / size]."""
         groups = len(self.left) // size
-        blocks = torch.stack([self.inverse[r, r] for r in _runs(groups, size)])  # [n, size, size]
+        parted = self.inverse.view(groups, size, groups, size)
+        blocks = parted.diagonal(dim1=0, dim2=2).permute(2, 0, 1)  # [n, size, size]
         columns = self.weight.unflatten(1, (groups, size)).transpose(0, 1)  # [n, out, size]
         gram = columns.transpose(1, 2) @ columns
         return 0.5 * torch.linalg.solve(blocks, gram).diagonal(dim1=1, dim2=2).sum(dim=1)
@@ -148,9 +149,8 @@ def dim_costs(removal: Removal, heads: int) -> Tensor:
             cost = removal.costs()[start : start + left]
             cheapest = int(cost.argmin())
             reached[head] = _next(reached[head], cost[cheapest])
-            place = torch.tensor([start + cheapest], device=removal.left.device)
-            costs[head, removal.left[place] % size] = reached[head]
-            removal.remove(place)
+            costs[head, removal.left[start + cheapest] % size] = reached[head]
+            removal.remove_one(start + cheapest)
     return costs
 
 
@@ -176,7 +176,3 @@ def shared_costs(removals: Sequence[Removal]) -> Tensor:
         for removal in removals:
             removal.remove_one(cheapest)
     return costs
-
-
-def _runs(groups: int, size: int) -> list[slice]:
-    return [slice(i * size, (i + 1) * size) for i in range(groups)]

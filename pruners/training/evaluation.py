@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pruners.model.types import Batches
-from pruners.model.vit import ViT
+from pruners.model.vit import ViT, eval_mode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,22 +41,20 @@ def evaluate(vit: ViT, batches: Batches) -> Evaluation:
     Raises:
         ValueError: If there are no images.
     """
-    was_training = vit.training
-    vit.eval()
     device = next(vit.parameters()).device
     loss, images_seen = 0.0, 0
     counts: list[Tensor] = []  # [2, classes]: correct answers, images
     timings: list[tuple[int, float]] = []
-    for images, labels in batches:
-        images, labels = images.to(device), labels.to(device)
-        start = time.perf_counter()
-        logits = vit(images)
-        _wait(device)
-        timings.append((len(labels), time.perf_counter() - start))
-        counts.append(_counts(logits, labels).cpu())
-        loss += F.cross_entropy(logits, labels, reduction="sum").item()
-        images_seen += len(labels)
-    vit.train(was_training)
+    with eval_mode(vit):
+        for images, labels in batches:
+            images, labels = images.to(device), labels.to(device)
+            start = time.perf_counter()
+            logits = vit(images)
+            _wait(device)
+            timings.append((len(labels), time.perf_counter() - start))
+            counts.append(_counts(logits, labels).cpu())
+            loss += F.cross_entropy(logits, labels, reduction="sum").item()
+            images_seen += len(labels)
     if images_seen == 0:
         raise ValueError("there are no images to evaluate on; give a set with at least one")
     correct, total = torch.stack(counts).sum(0)
@@ -81,15 +79,13 @@ def measured_rate(vit: ViT, images: Tensor, repeats: int) -> float:
         images: [B, channels, height, width], on the model's device.
         repeats: Runs that are measured, after one that is not.
     """
-    was_training = vit.training
-    vit.eval()
     timings: list[tuple[int, float]] = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        vit(images)
-        _wait(images.device)
-        timings.append((len(images), time.perf_counter() - start))
-    vit.train(was_training)
+    with eval_mode(vit):
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            vit(images)
+            _wait(images.device)
+            timings.append((len(images), time.perf_counter() - start))
     return images_per_second(timings)
 
 
