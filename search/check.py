@@ -6,6 +6,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pruners import PrunableViT
+from pruners.model.rotation import check_turns
 from search.data.model import load_model
 from search.data.shards import Shards, find_shards, naming
 from search.space.build import build_space
@@ -20,6 +21,11 @@ def check(sweep: Sweep) -> tuple[PrunableViT, Space]:
         SweepError: For the first thing that is wrong.
     """
     dense = load_model(sweep.model)
+    if sweep.model.rotate:
+        try:
+            check_turns(dense)
+        except ValueError as error:
+            raise SweepError(f"model.rotate: {error}; or give rotate = false") from error
     space = build_space(sweep, dense.shape())
     for split in ("train", "val", "test"):
         _check_labels(sweep, split, dense.vit.num_classes)

@@ -46,7 +46,7 @@ def run(sweep: Sweep, stream: TextIO) -> int:
         front = read_front(sweep.directory / "front.json")
     else:
         with sigterm_as_ctrl_c():
-            front = run_sweep(sweep, dense, space, stream)
+            front = run_sweep(sweep, dense, stream)
     print(file=stream)
     front_table(front, stream)
     print(f"\nEverything is in {sweep.directory}. Open it in MLflow:", file=stream)

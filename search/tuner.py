@@ -22,6 +22,7 @@ from search.data.shards import Shards, find_shards
 from search.finish import finish
 from search.prepare.elastic import ElasticStart, tune_elastic
 from search.prepare.learning import LearningRun, learn_all
+from search.prepare.rotation import turned
 from search.recorder import Recorder
 from search.records.atomic import writing_to
 from search.records.files import DONE, read_front
@@ -30,6 +31,7 @@ from search.records.lease import hold
 from search.records.ledger import Ledger
 from search.records.trial_record import TrialRecord
 from search.report.progress import Progress, front_line
+from search.space.build import build_space
 from search.space.draw import draw_plans
 from search.space.space import Space
 from search.strategy.export_study import export_study
@@ -57,10 +59,11 @@ RAY_SETTINGS = {  # environment variables
 }
 
 
-def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) -> Front:
+def run_sweep(sweep: Sweep, dense: PrunableViT, stream: TextIO) -> Front:
     """Run a sweep to its end, or resume an interrupted one, and return its front.
 
-    Ray must be connected. Everything is written below the sweep's directory.
+    Ray must be connected, and the sweep's budget be one of shares. Everything is written below the
+    sweep's directory.
 
     Raises:
         SweepError: If the directory holds another sweep, or another driver runs this one, or
@@ -72,6 +75,7 @@ def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) ->
     prepare_directory(sweep)
     with hold(sweep.directory, partial(print, file=stream, flush=True)) as lease:
         ledger = Ledger(sweep, may_write=lease.check)
+        dense = turned(sweep, dense)
         runs = SweepRuns.open(sweep, dense.shape(), lease.check, earlier)
         ledger.begin()
         digests = fingerprint(sweep, dense)
@@ -80,6 +84,7 @@ def run_sweep(sweep: Sweep, dense: PrunableViT, space: Space, stream: TextIO) ->
         ledger.add_once("classes", names=list(val.classes))
         with closing(Tracker(runs, ledger.journal)) as tracker:
             progress = Progress(stream, trials=sweep.trials, epochs=sweep.epochs)
+            space = build_space(sweep, dense.shape())
             space = with_learned(sweep, dense, space, ledger, progress)
             inputs = TrialInputs(
                 sweep=sweep,

@@ -43,7 +43,7 @@ def rotated(vit: Model, batches: Batches) -> Model:
     Raises:
         ValueError: If the model is cut, or has a part that does not compute the same in any basis.
     """
-    _check_turns(vit)
+    check_turns(vit)
     directions = principal_directions(vit, batches)  # [D, D]
     assert vit.arch is not None
     args = {**vit.arch["args"], "norm_layer": "rmsnorm"}
@@ -123,7 +123,12 @@ def _readers(vit: ViT) -> Iterator[tuple[str, list[str]]]:
     yield "norm" if isinstance(vit.vit.norm, nn.LayerNorm) else "fc_norm", heads
 
 
-def _check_turns(vit: ViT) -> None:
+def check_turns(vit: ViT) -> None:
+    """Refuse a model that `rotated` does not take.
+
+    Raises:
+        ValueError: If the model is cut, or has a part that does not compute the same in any basis.
+    """
     if vit.arch is None:
         raise ValueError("arch of this model is unknown; build it with from_timm")
     shape, inner = vit.shape(), vit.vit

@@ -31,7 +31,10 @@ _COLORS = "YlGnBu"
 
 
 def draw_kept(front: Front) -> Figure:
-    """Draw the shares of each block that members keep: heads, neurons, tokens and weights."""
+    """Draw the shares of each block that members keep: heads, neurons, tokens and weights.
+
+    A member's label gives the width of its residual stream, if that is cut.
+    """
     members = spread(front.members, MOST) or [front.dense]
     blocks = len(front.dense.shape["blocks"])
     columns = len(PANELS) if blocks <= _FEW else 2
@@ -50,7 +53,11 @@ def draw_kept(front: Front) -> Figure:
     for axes in grid[-1]:
         axes.set_xlabel("block", fontsize=8)
     for axes in grid[:, 0]:
-        labels = [f"{m.trial}  {cost_ratio(front, m):.2f}x  {top1_text(m)} %" for m in members]
+        labels = [
+            f"{m.trial}  {cost_ratio(front, m):.2f}x  {top1_text(m)} %"
+            f"{_width(m.shape, front.dense.shape)}"
+            for m in members
+        ]
         axes.set_yticks(range(len(members)), labels, fontsize=8)
     bar = figure.colorbar(image, ax=grid, fraction=0.02, pad=0.01, aspect=30)
     bar.set_label("kept (%)", fontsize=8, color=INK)
@@ -84,7 +91,8 @@ def draw_plan(shape: Mapping[str, Any], dense: Mapping[str, Any]) -> Figure:
     for block in range(blocks):
         cell_text(figure, axes, block, len(PANELS) - 0.2, str(block), INK)
     cell_text(figure, axes, -0.7, len(PANELS) - 0.2, "block", INK, ha="right")
-    cell_text(figure, axes, -0.5, -0.8, "kept of the dense model (%; dark: all)", INK, ha="left")
+    title = f"kept of the dense model (%; dark: all){_width(shape, dense)}"
+    cell_text(figure, axes, -0.5, -0.8, title, INK, ha="left")
     return figure
 
 
@@ -105,6 +113,12 @@ def kept_shares(
         shares["tokens"].append(_ratio(block["mlp_tokens"], whole["mlp_tokens"]))
         shares["weights"].append(_density(shape, block, index))
     return {panel: np.array(values) for panel, values in shares.items()}
+
+
+def _width(shape: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
+    """Say the share of the residual stream's channels that is left; empty if all are."""
+    share = _ratio(shape["dim"], dense["dim"])
+    return f"; width {100 * share:.0f}" if share < 1.0 else ""
 
 
 def _density(shape: Mapping[str, Any], block: Mapping[str, Any], index: int) -> float:

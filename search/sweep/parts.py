@@ -42,6 +42,9 @@ class ModelSpec(Part):
     """Mean of each channel, where the model does not say how images are normalized."""
     std: tuple[Positive, ...] | None = None
     """Standard deviation of each channel, where the model does not say."""
+    rotate: bool = False
+    """Whether to turn its residual stream to its principal directions first: it computes the same,
+    with RMSNorm for LayerNorm, and loses far less where `width` is cut."""
 
     @model_validator(mode="after")
     def _has_a_source(self) -> ModelSpec:

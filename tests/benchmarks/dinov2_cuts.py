@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
+from tuning import plan_for
 
-from pruners import Plan, PrunableViT, Step, cost_of, load_method
+from pruners import PrunableViT, cost_of, load_method
 from pruners.families.learned import Learned
-from pruners.families.unit import UnitPruner
 from pruners.training.evaluation import evaluate
 from pruners.training.fine_tune import FineTuner
 from pruners.training.recipe import Recipe
@@ -64,19 +64,6 @@ def images(source: str, count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
     return [((x - mean) / std, y) for x, y in few]
 
 
-def plan(
-    pruner: UnitPruner, learned: Learned, dense: PrunableViT, budget: float, tokens: bool
-) -> Plan:
-    macs = cost_of(dense.shape()).macs
-    target = budget**0.5 if tokens else budget
-    shares = pruner.allocate(dense.shape(), learned.scores, target * macs)
-    steps = [Step(pruner=pruner, thresholds=shares)]
-    if tokens:
-        tome, shape = load_method("tome"), pruner.shrink(dense.shape(), shares)
-        steps.append(Step(pruner=tome, thresholds=tome.allocate(shape, {}, budget * macs)))
-    return Plan(steps=tuple(steps))
-
-
 def rows(args: argparse.Namespace) -> Iterator[str]:
     dense = model(args.model, args.head)
     test, train = images(args.test, args.images, 1), images(args.train, 512 + 600, args.seed)
@@ -89,7 +76,8 @@ def rows(args: argparse.Namespace) -> Iterator[str]:
         learned = Learned(scores=method.score(dense, calibration))
         yield f"{name}: scored in {time.perf_counter() - start:.0f} s"
         for budget, solved in itertools.product(args.budgets, (False, True)):
-            chosen = plan(replace(method, compensate=solved), learned, dense, budget, args.tokens)
+            pruner = replace(method, compensate=solved)
+            chosen = plan_for(pruner, learned.scores, dense.shape(), budget, tokens=args.tokens)
             vit, start = model(args.model, args.head), time.perf_counter()
             chosen.apply(vit, calibration, learned)
             seconds = time.perf_counter() - start

@@ -68,10 +68,10 @@ def run_engine(settings: Settings, arm: str, seed: int) -> None:
     sweep = sweep_of(settings, arm, seed)
     if is_done(sweep):
         return
-    dense, space = check(sweep)
+    dense, _ = check(sweep)
     sweep.directory.mkdir(parents=True, exist_ok=True)
     with (sweep.directory / "progress.log").open("a") as stream:
-        run_sweep(sweep, dense, space, stream)
+        run_sweep(sweep, dense, stream)
 
 
 def engine_trials(settings: Settings, arm: str, seed: int) -> list[Ended]:

@@ -79,7 +79,7 @@ def main() -> None:
     for space in SPACES:
         sweep = sweep_of(settings, space)
         if not is_done(sweep):
-            run_sweep(sweep, *check(sweep), sys.stdout)
+            run_sweep(sweep, check(sweep)[0], sys.stdout)
         records = read_trials(sweep.directory / "trials.parquet")
         rows += [row_of(space, r) for r in records if r.status == "finished"]
     pq.write_table(pa.Table.from_pylist(rows), TRIALS)

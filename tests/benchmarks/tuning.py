@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pruners import PrunableViT
+from pruners import Plan, PrunableViT, Step, ViTShape, cost_of, load_method
+from pruners.families.unit import UnitPruner
+from pruners.model.types import Scores
 from pruners.training.evaluation import evaluate
 from pruners.training.fine_tune import FineTuner
 from pruners.training.recipe import Recipe
@@ -98,6 +100,20 @@ def dense_model() -> PrunableViT:
     dense = PrunableViT.from_safetensors(SAMPLE / "vit_cifar10.safetensors").eval()
     dense.use_fused_attention(False)
     return dense
+
+
+def plan_for(
+    method: UnitPruner, scores: Scores, shape: ViTShape, budget: float, *, tokens: bool
+) -> Plan:
+    """Units down to a share of the MACs, or to its square root and the rest by ToMe."""
+    macs, target = cost_of(shape).macs, budget**0.5 if tokens else budget
+    shares = method.allocate(shape, scores, target * macs)
+    steps = [Step(pruner=method, thresholds=shares)]
+    if tokens:
+        tome = load_method("tome")
+        counts = tome.allocate(method.shrink(shape, shares), {}, budget * macs)
+        steps.append(Step(pruner=tome, thresholds=counts))
+    return Plan(steps=tuple(steps))
 
 
 def in_batches(images: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

@@ -4,7 +4,8 @@
 
 The sample's ViT, heads and neurons, with 512 calibration images of the seed. Top-1 in percent on
 the sample's 1,000 validation images, and on the images of --test if they are given; mean and
-largest deviation over the seeds. Rows of --tuned are fine-tuned too, all by the same recipe.
+largest deviation over the seeds. Rows of --tuned are fine-tuned too, all by the same recipe. With
+--tokens a part of the budget is met by ToMe: units reach its square root, tokens the rest.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from multiprocessing import get_context
 
 import torch
 from torch import Tensor
-from tuning import SAMPLE, SPEC, Tuning, arguments, cell, dense_model, tune, tuning_of
+from tuning import SAMPLE, SPEC, Tuning, arguments, cell, dense_model, plan_for, tune, tuning_of
 
 from pruners import cost_of, load_method
+from pruners.families.learned import Learned
 from pruners.families.unit import UnitPruner
-from pruners.model.compensation import compensate
 from pruners.training.evaluation import evaluate
 from search.data.images import open_images
 
@@ -37,6 +38,7 @@ METHODS: dict[str, tuple[str, dict[str, object]]] = {
     "surgeon, drawn labels": ("surgeon", {"labels": "drawn"}),
     "taylor, width too": ("grouped", {"units": ("head", "neuron", "width")}),
     "surgeon, width too": ("surgeon", {"units": ("head", "neuron", "width")}),
+    "surgeon, width alone": ("surgeon", {"units": ("width",)}),
 }
 
 
@@ -51,7 +53,7 @@ class Row:
         val: Tuned, on the validation images of fine-tuning.
         test: Tuned, on its test images.
         scoring: Seconds.
-        solving: Seconds, of the cut as well.
+        solving: Seconds, of the cut as well (and of ToMe's).
     """
 
     macs: float
@@ -89,13 +91,14 @@ def measure(
     scores = method.score(dense, batches)
     scoring, macs, found = time.perf_counter() - start, cost_of(dense_model().shape()).macs, []
     for budget in args.budgets:
-        shares = method.allocate(dense.shape(), scores, budget * macs)
+        plan = plan_for(method, scores, dense.shape(), budget, tokens=args.tokens)
         for solved in (False, True):
+            first = replace(plan.steps[0], pruner=replace(method, compensate=solved))
             vit = copy.deepcopy(dense)
             start = time.perf_counter()
-            uncut = replace(method, compensate=solved).cut_scored(vit, batches, scores, shares)
-            if uncut is not None:
-                compensate(vit, uncut, batches)
+            replace(plan, steps=(first, *plan.steps[1:])).apply(
+                vit, batches, Learned(scores=scores)
+            )
             solving = time.perf_counter() - start
             row = Row(
                 macs=cost_of(vit.shape()).macs / macs,
@@ -128,6 +131,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--tuned", nargs="*", default=[], help="methods that are fine-tuned too")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.49, 0.29])
+    parser.add_argument("--tokens", action="store_true", help="ToMe beside the units")
     parser.add_argument("--rotated", action="store_true", help="to its principal directions")
     parser.add_argument("--calibration", type=int, default=512, help="images")
     args = parser.parse_args()

@@ -118,3 +118,14 @@ def test_the_picture_of_a_plan_is_small(shapes: tuple[dict, dict], tmp_path: Pat
     write_png(draw_plan(shape, dense), tmp_path / "plan.png")
     assert (tmp_path / "plan.png").stat().st_size < 60_000
     assert np.asarray(Image.open(tmp_path / "plan.png").convert("L")).std() > 5
+
+
+def test_a_narrower_stream_is_said_beside_the_blocks(shapes: tuple[dict, dict]) -> None:
+    cut, dense = copy.deepcopy(shapes[0]), shapes[1]
+    cut["dim"] = 6  # of 24
+    drawn = [text.get_text() for text in draw_plan(cut, dense).texts]
+    assert "kept of the dense model (%; dark: all); width 25" in drawn
+    labels = draw_kept(front_of((cut, dense), 2)).axes[0].get_yticklabels()
+    assert all(label.get_text().endswith(" %; width 25") for label in labels)
+    labels = draw_kept(front_of(shapes, 2)).axes[0].get_yticklabels()
+    assert all(label.get_text().endswith(" %") for label in labels)
