@@ -23,7 +23,7 @@ class Recipe:
         clip: Largest gradient norm.
         distill: Share of the distillation term in the loss; 0 needs no teacher.
         temperature: Temperature of the distillation term.
-        precision: "auto" takes bfloat16 autocast where the hardware computes it natively.
+        precision: "auto" takes bfloat16 autocast on hardware with units for its products.
         selector_lr: Peak learning rate of what a plan added and nobody has trained yet: the modules
             that select tokens.
         selector_alone: Share of the steps in which only these train, if there are any. The papers

@@ -183,7 +183,7 @@ class FineTuneSpec(Part):
     augment: bool = True
     """Whether training images are cropped and flipped at random."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the training; `auto` is bfloat16 where the hardware has it, else float32."""
+    """Arithmetic of the training; `auto` is bfloat16 on hardware that gains by it, else float32."""
     selector_lr: Positive = 1e-3
     """Peak learning rate of token selectors, which start untrained."""
     selector_alone: Share = 0.0

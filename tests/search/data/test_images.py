@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from search.data.decode import ImageSpec
 from search.data.images import Images, open_images
 from search.data.shards import find_shards
 from tests.images import png, random_pixels, write_images
+from tests.processes import clean_forks
 
 SPEC = ImageSpec(size=(24, 16), channels=3, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
 PIXELS = random_pixels(50, 24, 16)
@@ -138,7 +138,7 @@ def _open_in_a_process(arguments: tuple[str, str]) -> tuple[int, float]:
 
 
 def test_processes_that_arrive_together_decode_once(source: Path, tmp_path: Path) -> None:
-    with multiprocessing.get_context("fork").Pool(2) as pool:
+    with clean_forks().Pool(2) as pool:
         found = pool.map(
             _open_in_a_process, [(str(source), str(tmp_path / "cache"))] * 4, chunksize=1
         )

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from search.data.images import Images, open_images
 from search.data.teacher import PREFIX, Teacher, make_room, open_answers, weights_digest
 from tests.images import png, random_pixels, write_images
 from tests.models import TINY
+from tests.processes import clean_forks
 
 SPEC = ImageSpec(size=(24, 16), channels=3, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.4))
 PIXELS = random_pixels(40, 24, 16)
@@ -122,7 +122,7 @@ def _ask_in_a_process(arguments: tuple[PrunableViT, Images, Path]) -> tuple[floa
 
 
 def test_processes_that_arrive_together_compute_once(dense, images, tmp_path) -> None:
-    with multiprocessing.get_context("fork").Pool(2) as pool:
+    with clean_forks().Pool(2) as pool:
         found = pool.map(_ask_in_a_process, [(dense, images, tmp_path)] * 4, chunksize=1)
     assert len(set(found)) == 1
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]

@@ -17,7 +17,7 @@ import pytest
 from search.records import lease
 from search.records.lease import Attempt, check_attempt, hold, newest
 from search.sweep.spec import SweepError, SweepFailedError
-from tests.processes import ROOT
+from tests.processes import ROOT, clean_forks
 
 HOLDER = """
 import sys, time
@@ -178,7 +178,7 @@ def race(folder: Path, start: multiprocessing.synchronize.Event, results: object
 
 def test_of_many_that_start_at_once_one_gets_it(tmp_path: Path) -> None:
     elsewhere(tmp_path, released=True)
-    context = multiprocessing.get_context("fork")
+    context = clean_forks()
     start, results = context.Event(), context.Queue()
     drivers = [context.Process(target=race, args=(tmp_path, start, results)) for _ in range(8)]
     for driver in drivers:
