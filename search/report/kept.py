@@ -91,7 +91,7 @@ def draw_plan(shape: Mapping[str, Any], dense: Mapping[str, Any]) -> Figure:
     for block in range(blocks):
         cell_text(figure, axes, block, len(PANELS) - 0.2, str(block), INK)
     cell_text(figure, axes, -0.7, len(PANELS) - 0.2, "block", INK, ha="right")
-    title = f"kept of the dense model (%; dark: all){_width(shape, dense)}"
+    title = f"kept (%; dark: all){_width(shape, dense)}"
     cell_text(figure, axes, -0.5, -0.8, title, INK, ha="left")
     return figure
 

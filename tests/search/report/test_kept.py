@@ -124,7 +124,7 @@ def test_a_narrower_stream_is_said_beside_the_blocks(shapes: tuple[dict, dict]) 
     cut, dense = copy.deepcopy(shapes[0]), shapes[1]
     cut["dim"] = 6  # of 24
     drawn = [text.get_text() for text in draw_plan(cut, dense).texts]
-    assert "kept of the dense model (%; dark: all); width 25" in drawn
+    assert "kept (%; dark: all); width 25" in drawn
     labels = draw_kept(front_of((cut, dense), 2)).axes[0].get_yticklabels()
     assert all(label.get_text().endswith(" %; width 25") for label in labels)
     labels = draw_kept(front_of(shapes, 2)).axes[0].get_yticklabels()
