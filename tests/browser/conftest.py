@@ -25,7 +25,8 @@ PATIENCE_MS = 60_000
 def demo(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Demo:
     """The demo, with fewer trials and images."""
     storage = tmp_path_factory.mktemp("demo")
-    sets = ["trials=5", "ladder=3", "epochs=1", "halving=false", f'storage="{storage}"']
+    sets = ["trials=5", "ladder=3", "epochs=1", "halving=false", "data.calibration=64"]
+    sets.append(f'storage="{storage}"')
     for split, images in (("train", 256), ("val", 200), ("test", 100)):
         path = storage / f"{split}.parquet"
         pq.write_table(pq.read_table(ROOT / f"search/sample/{split}.parquet")[:images], path)
