@@ -27,7 +27,10 @@ def test_scores(pruner, tiny, batches) -> None:
     contract.scoring_is_deterministic(pruner, vit, batches)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(v, marks=pytest.mark.slow if i else ()) for i, v in enumerate(VARIANTS)],
+)
 def test_cut(pruner, variant: str, tiny, batches) -> None:
     vit = tiny(**VARIANTS[variant])
     if vit.shape().channels == 1:

@@ -156,6 +156,7 @@ def test_a_model_in_bfloat16_runs_and_nearly_agrees(method: str) -> None:
     assert (half.float() - expected).abs().max() < 0.3 * expected.std()
 
 
+@pytest.mark.slow
 def test_it_compiles_whole(method: str, tiny) -> None:
     """One graph: no branch depends on a value, and no number of tokens on an image."""
     vit = tiny(**LARGE)

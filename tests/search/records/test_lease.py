@@ -176,6 +176,7 @@ def race(folder: Path, start: multiprocessing.synchronize.Event, results: object
         results.put(None)  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_of_many_that_start_at_once_one_gets_it(tmp_path: Path) -> None:
     elsewhere(tmp_path, released=True)
     context = clean_forks()

@@ -472,6 +472,7 @@ def area(members: list[Told]) -> float:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_searching_beats_drawing_at_random(seed: int, proposer) -> None:
     search = proposer(sampler="tpe", trials=41, seed=seed)

@@ -67,6 +67,7 @@ def test_the_note_follows_each_trial_and_pictures_now_and_then(
     assert drawn == [2, 5]  # 190 s after the first, which took 10 s
 
 
+@pytest.mark.slow
 def test_what_was_learned_is_drawn_by_class(page: ParentPage) -> None:
     path = page.sweep.directory / "x_pruner.safetensors"
     masks = {"blocks.0.mlp.neuron": torch.rand(5, 96), "blocks.0.attn.head": torch.rand(5, 3)}

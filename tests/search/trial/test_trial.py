@@ -172,6 +172,7 @@ def test_a_process_that_is_told_to_end_between_epochs_leaves_them_to_the_next(
     assert again.step().train_loss == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fits", [2, 16, 17])
 def test_a_trial_that_runs_out_of_memory_takes_smaller_parts(
     fits: int, inputs, configs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -314,6 +315,7 @@ def test_a_ramped_step_ends_at_its_budget(sweep_file: Path) -> None:
     assert ratio == pytest.approx(config.cost_ratio)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["obd", "fisher", "woodfisher", "mfac", "cap", "fast_cap"])
 def test_every_weight_method_runs_as_a_step(method: str, sweep_file: Path) -> None:
     sweep = load_sweep(sweep_file, [f'steps=[{{method="evit"}}, {{method="{method}"}}]'])
@@ -323,6 +325,7 @@ def test_every_weight_method_runs_as_a_step(method: str, sweep_file: Path) -> No
     assert last.density < 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", ["tome", "pitome", "mctf", "dynamic_vit", "spvit", "cait_tokens"]
 )
