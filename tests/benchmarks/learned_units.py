@@ -3,10 +3,11 @@
     python tests/benchmarks/learned_units.py
 
 Validation and test top-1 in percent, mean and largest deviation over the seeds; seconds of learning
-beside it, and the share of the dense MACs that is left, as dense kernels run them. Every method
-decides its own layer-wise shares for the budget; "uniform" and "random" give every site the same.
-Without --train and --test the repository's own sample is used; the images of --test are halved into
-validation and test.
+beside it, and the share of the dense MACs that is left, as dense kernels run them. What methods
+have learned is cut with what stays solved anew, and without. Every method decides its own
+layer-wise shares for the budget; "uniform" and "random" give every site the same. Without --train
+and --test the repository's own sample is used; the images of --test are halved into validation and
+test.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 
 import torch
+from torch import Tensor
 from tuning import BATCH, Tuned, Tuning, arguments, cell, dense_model, in_batches, tune, tuning_of
 
-from pruners import PrunableViT, ViTShape, cost_of, load_method
+from pruners import Plan, PrunableViT, Step, ViTShape, cost_of, load_method
 from pruners.families.allocation import same_share
 from pruners.families.learned import LearnedPruner
 from pruners.families.unit import UnitPruner
@@ -40,6 +42,8 @@ LEARNED: dict[str, tuple[str, dict[str, object]]] = {
     "vit_slim": ("vit_slim", {}),
     "cait_channels": ("cait_channels", {}),
 }
+SOLVED = ", solved"
+"""Behind the name of a row whose weights that stay were solved anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,20 +104,27 @@ def learned_cuts(name: str, seed: int, settings: Settings, dense: PrunableViT) -
     shares = within(
         settings.budget, shape, lambda m: method.allocate(shape, learned.scores, m), method
     )
-    seconds = learned.report["seconds"]
-    kept = copy.deepcopy(dense)
-    method.cut_learned(kept, learned, shares)
-    yield Cut(name=name, vit=kept, seconds=seconds)
+    ways = {name: learned}
     if learned.weights and settings.both:
-        own = copy.deepcopy(dense)
-        method.cut_learned(own, dataclasses.replace(learned, weights={}), shares)
-        yield Cut(name=f"{name}, dense weights", vit=own, seconds=seconds)
+        ways[f"{name}, dense weights"] = dataclasses.replace(learned, weights={})
+    calibration = calibration_images(seed, settings)
+    for (way, known), solved in itertools.product(ways.items(), (False, True)):
+        vit = copy.deepcopy(dense)
+        pruner = dataclasses.replace(method, compensate=solved)
+        plan = Plan(steps=(Step(pruner=pruner, thresholds=shares),))
+        plan.apply(vit, calibration, known)
+        seconds = learned.report["seconds"]
+        yield Cut(name=way + SOLVED * solved, vit=vit, seconds=seconds)
+
+
+def calibration_images(seed: int, settings: Settings) -> list[tuple[Tensor, Tensor]]:
+    train = settings.tuning.training_images()
+    return list(itertools.islice(train.batches(BATCH, seed=seed, augment=False), 8))
 
 
 def baseline_cut(name: str, seed: int, settings: Settings, dense: PrunableViT) -> Cut:
     """Cut by magnitude or Taylor scores, or at random."""
-    train, shape = settings.tuning.training_images(), dense.shape()
-    calibration = list(itertools.islice(train.batches(BATCH, seed=seed, augment=False), 8))
+    shape, calibration = dense.shape(), calibration_images(seed, settings)
     criterion = name.removeprefix("grouped ") if name.startswith("grouped") else "magnitude"
     grouped = load_method("grouped", criterion=criterion)
     assert isinstance(grouped, UnitPruner)
@@ -153,7 +164,7 @@ def row(cut: Cut, seed: int, settings: Settings, dense: PrunableViT) -> Row:
 
 
 def order(name: str) -> tuple[int, str]:
-    first = name.removesuffix(", dense weights")
+    first = name.removesuffix(SOLVED).removesuffix(", dense weights")
     return [*BASELINES, *LEARNED].index(first), name
 
 

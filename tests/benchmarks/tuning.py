@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import statistics
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from pruners import Plan, PrunableViT, Step, ViTShape, cost_of, load_method
 from pruners.families.unit import UnitPruner
+from pruners.model.files import replace_file
 from pruners.model.types import Scores
 from pruners.training.evaluation import evaluate
 from pruners.training.fine_tune import FineTuner
 from pruners.training.recipe import Recipe
 from search.data.decode import ImageSpec
 from search.data.images import Images, open_images
+from search.data.teacher import weights_digest
 
 SAMPLE = Path(__file__).parents[2] / "search" / "sample"
 SPEC = ImageSpec(
     size=(32, 32), channels=3, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
 )
 BATCH = 64
+TEACHER = Path(tempfile.gettempdir()) / "prunefront-teacher"
+"""Folder of the dense model's logits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +69,22 @@ class Tuning:
 
     def epoch(self, train: Images, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         return itertools.islice(train.batches(BATCH, seed=seed, augment=True), self.steps)
+
+    def taught_epoch(
+        self, train: Images, seed: int, dense: PrunableViT
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The same with the dense model's logits, which all processes of this machine share."""
+        inputs = [weights_digest(dense), train.digest, str(self.steps), str(seed)]
+        path = TEACHER / f"{hashlib.sha256(' '.join(inputs).encode()).hexdigest()[:24]}.pt"
+        TEACHER.mkdir(exist_ok=True)
+        with FileLock(path.with_suffix(".lock")):
+            if not path.exists():
+                with torch.inference_mode():
+                    found = [dense(images) for images, _ in self.epoch(train, seed)]
+                replace_file(path, lambda temporary: torch.save(found, temporary))
+        answers = torch.load(path)
+        for (images, labels), logits in zip(self.epoch(train, seed), answers, strict=True):
+            yield images, labels, logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +151,7 @@ def tune(vit: PrunableViT, dense: PrunableViT, seed: int, tuning: Tuning, **reci
     torch.manual_seed(seed)
     tuner = FineTuner(vit, Recipe(epochs=tuning.epochs, **recipe), tuning.steps, dense)
     for e in range(tuning.epochs):
-        tuner.train_epoch(tuning.epoch(train, 7_000 + 100 * seed + e))
+        tuner.train_taught(tuning.taught_epoch(train, 7_000 + 100 * seed + e, dense))
     vit.eval()
     return Tuned(
         untuned=untuned,
