@@ -44,4 +44,4 @@ class NarrowRMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [..., D']."""
         gone = self.width / x.shape[-1]
-        return F.rms_norm(x, x.shape[-1:], self.weight, self.eps * gone) * math.sqrt(gone)
+        return F.rms_norm(x, x.shape[-1:], self.weight * math.sqrt(gone), self.eps * gone)
