@@ -39,7 +39,7 @@ from search.strategy.fifo import InOrder
 from search.strategy.moasha import MoAsha
 from search.strategy.searcher import PlanSearcher
 from search.sweep.spec import Sweep, SweepError, SweepInterruptedError
-from search.sweep.toml import sweep_toml
+from search.sweep.toml import load_sweep, sweep_toml
 from search.tracking.runs import SweepRuns
 from search.tracking.tracker import Tracker
 from search.trial.inputs import TrialInputs
@@ -205,7 +205,8 @@ def prepare_directory(sweep: Sweep) -> None:
 
 def _refuse_another(sweep: Sweep) -> None:
     written = sweep.directory / "sweep.toml"
-    if written.exists() and written.read_bytes() != sweep_toml(sweep).encode():
+    # By value: one that an older version wrote lacks the keys that came since.
+    if written.exists() and sweep_toml(load_sweep(written)) != sweep_toml(sweep):
         raise SweepError(
             f"{sweep.directory} holds another sweep of this name; "
             "give another name or storage, or move the directory away"
