@@ -180,9 +180,15 @@ class LearnedPruner(UnitPruner, abc.ABC):
     def cut_known(
         self, vit: ViT, batches: Batches, learned: Learned, thresholds: Thresholds
     ) -> Uncut | None:
-        """Take over what was learned of a model, then do what `cut_scored` does."""
+        """Take over what was learned of a model, then do what `cut_scored` does.
+
+        What stays is to be compensated toward the model as it came, not toward all that learned
+        weights would be with no unit gone: they were trained with units masked.
+        """
+        dense = copy.deepcopy(vit) if self.compensate and learned.weights else None
         self.take_over(vit, learned, thresholds)
-        return self.cut_scored(vit, batches, learned.scores, thresholds)
+        uncut = self.cut_scored(vit, batches, learned.scores, thresholds)
+        return None if uncut is None else dataclasses.replace(uncut, aim=dense)
 
     def take_over(self, vit: ViT, learned: Learned, thresholds: Thresholds) -> None:
         """Give a model the learned weights, if they are kept, before it is cut."""

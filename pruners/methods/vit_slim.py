@@ -62,6 +62,8 @@ class ViTSlim(LearnedPruner):
         patch_pull: Weight of the mean mask of patches.
         travel: How far a mask moves in the run if its gradient always points the same way.
         lr: Learning rate of the weights, constant; the paper's 5e-4 is for batches of 1,024.
+        keep_weights: As of every method that learns. Unlike the paper a cut starts from the dense
+            weights: what stays, solved anew, is better than what trained under soft masks.
     """
 
     units: tuple[str, ...] = ("ragged_dim", "neuron")
@@ -70,6 +72,7 @@ class ViTSlim(LearnedPruner):
     patch_pull: float = option(0.3, low=0.0)
     travel: float = option(4.0, above=0.0)
     lr: float = 2e-4
+    keep_weights: bool = False
 
     @classmethod
     def kinds(cls) -> tuple[str, ...]:

@@ -77,6 +77,8 @@ class WDPruning(LearnedPruner):
             cosine. From 10, where nothing is cut, to -3, where little is left, it is 13: about a
             quarter of the run.
         multiplier_lr: Growth of lam1 and lam2 in a run whose gap stays 1.
+        compensate: As of every unit method, but off: weights that trained under these very cuts
+            are better as they are, and an exit that becomes the end knows no other stream.
     """
 
     units: tuple[str, ...] = ("head", "neuron", "attn_out", "mlp_out", "block")
@@ -87,6 +89,7 @@ class WDPruning(LearnedPruner):
     exit_lr: float = option(2e-3, low=0.0)
     threshold_lr: float = option(50.0, low=0.0)
     multiplier_lr: float = option(1e7, low=0.0)
+    compensate: bool = False
 
     def __post_init__(self) -> None:
         """Check also that the kinds of units and the exits fit together."""

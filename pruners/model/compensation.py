@@ -43,6 +43,8 @@ DAMPING = 1e-3
 
 Advance = Callable[[Tokens], Tokens]
 Part = TypeVar("Part", Tensor, Block)
+Queries = tuple[Attention, Tensor]
+"""An attention, and which of its q rows, [H', K'], those of the cut one were."""
 
 
 class _Streams(NamedTuple):
@@ -72,13 +74,13 @@ def compensate(vit: ViT, uncut: Uncut, batches: Batches, damping: float = DAMPIN
             layer.
     """
     device = next(vit.parameters()).device
-    with eval_mode(vit), eval_mode(uncut.vit):
+    aim = uncut.vit if uncut.aim is None else uncut.aim
+    with eval_mode(vit), eval_mode(uncut.vit), eval_mode(aim):
         streams = []
         for images, _ in batches:
             x = images.to(device)
-            own = _exact(vit.embed(x))
-            whole = own if uncut.channels is None else _exact(uncut.vit.embed(x))
-            streams.append(_Streams(Tokens(own), whole))
+            own, whole = _exact(vit.embed(x)), _exact(aim.embed(x))
+            streams.append(_Streams(Tokens(own), own if torch.equal(own, whole) else whole))
         if not streams:
             raise ValueError(
                 "compensate is true, but there are no calibration images; give batches of images, "
@@ -89,8 +91,9 @@ def compensate(vit: ViT, uncut: Uncut, batches: Batches, damping: float = DAMPIN
         while solved and solved[-1].attn is None and solved[-1].mlp is None:
             solved.pop()  # nothing is left behind that could make up for it
         for index, block in enumerate(solved):
-            rows = uncut.query_rows[index] if uncut.query_rows else None
-            walk.through(f"blocks.{index}", block, _exact(uncut.vit.blocks[index]), rows)
+            before = _exact(uncut.vit.blocks[index]).attn
+            queries = (before, uncut.query_rows[index]) if before and uncut.query_rows else None
+            walk.through(f"blocks.{index}", block, _exact(aim.blocks[index]), queries)
     for block, exact in zip(vit.blocks, solved, strict=False):
         if block is not exact:
             block.load_state_dict(exact.state_dict())
@@ -109,23 +112,23 @@ class _Walk:
     def __init__(self, streams: list[_Streams], damping: float, channels: Tensor | None) -> None:
         """Start in front of the first block."""
         self.streams, self.damping, self.channels = streams, damping, channels
-        self.equal = channels is None
+        self.equal = all(tokens.x is whole for tokens, whole in streams)
         self.writer: Writer | None = None
 
-    def through(self, name: str, block: Block, whole: Block, rows: Tensor | None) -> None:
+    def through(self, name: str, block: Block, whole: Block, queries: Queries | None) -> None:
         """Pass a block; both are in float32 or float64.
 
         Args:
             name: Its name.
             block: The cut model's; its weights are corrected.
             whole: The uncut model's.
-            rows: Where its q rows came from, [H', K'], if q/k dims were cut.
+            queries: Its attention before q/k dims were cut, if they were.
         """
         if block.front is not None:
             self._go(block.front, None)
         if whole.attn is not None:
             ahead = self._ahead(whole.attend)
-            self._attention(name, block, whole.attn, whole.norm1, rows, ahead)
+            self._attention(name, block, whole.attn, whole.norm1, queries, ahead)
             self._go(block.attend, ahead if block.middle is None else None)
         if whole.mlp is not None:
             ahead = self._ahead(whole.feed)
@@ -138,7 +141,7 @@ class _Walk:
         block: Block,
         whole: Attention,
         whole_norm: nn.Module | None,
-        rows: Tensor | None,
+        queries: Queries | None,
         ahead: list[Tensor],
     ) -> None:
         attn, norm, scale = block.attn, block.norm1, block.ls1
@@ -146,9 +149,9 @@ class _Walk:
             self._miss(ahead)
             return
         reader = Layer(f"{name}.attn.qkv", attn.qkv)
-        if rows is not None and attn.qk_dim < whole.qk_dim:
+        if queries is not None and attn.qk_dim < queries[0].qk_dim:
             inputs = (norm(s.tokens.x) for s in self.streams)
-            if not fold_keys(attn, whole, rows, inputs, self.damping):
+            if not fold_keys(attn, *queries, inputs, self.damping):
                 raise reader.unsolvable(self.damping)
         self._read(reader, norm, whole.qkv, whole_norm)
 

@@ -21,11 +21,13 @@ class Uncut:
         vit: A copy of it.
         query_rows: See `pruners.model.numbered.query_rows`; empty if no q/k dims go.
         channels: The residual channels that stay, [D']; None if all do.
+        aim: The model whose streams are aimed at; None for `vit` itself.
     """
 
     vit: ViT
     query_rows: list[Tensor] = field(default_factory=list)
     channels: Tensor | None = None
+    aim: ViT | None = None
 
     @classmethod
     def of(cls, vit: ViT, cut: Callable[[ViT], None], *, narrows_queries: bool) -> Uncut:

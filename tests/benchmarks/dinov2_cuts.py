@@ -102,7 +102,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--images", type=int, default=1_000, help="test images")
     parser.add_argument("--epochs", type=int, default=1, help="of 600 images")
-    parser.add_argument("--lr", type=float, default=5e-5)
+    parser.add_argument("--lr", type=float, default=5e-6)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokens", action="store_true", help="ToMe beside the units")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,6 +10,7 @@ import torch
 
 from pruners import cost_of, load_method, method_names
 from pruners.families.learned import Learned, LearnedPruner, cutoff, places
+from pruners.model.compensation import compensate
 from pruners.training.learner import LearningData
 
 LEARNERS = [name for name in method_names() if isinstance(load_method(name), LearnedPruner)]
@@ -198,3 +200,27 @@ def test_below_the_cutoff_lies_the_smallest_set_of_lowest_units_of_a_share(share
     assert [score < limit for score, _ in ranked] == wanted
     raised = cutoff({site: scores + 3.0 for site, scores in importance.items()}, costs, share)
     torch.testing.assert_close(raised, limit + 3.0)
+
+
+def test_what_was_learned_is_solved_toward_the_model_as_it_came(tiny, batches) -> None:
+    """Learned weights that are wrong in a linear layer alone are mended; nothing else knows how."""
+    dense, method = tiny(), load_method("x_pruner")
+    weights = {name: tensor.clone() for name, tensor in dense.vit.state_dict().items()}
+    weights["blocks.1.mlp.fc2.weight"] *= 0.5
+    weights["blocks.1.mlp.fc2.bias"] += 1.0
+    shape = dense.shape()
+    scores = {site: torch.arange(float(n)) for site, n in method.sites(shape).items()}
+    learned = Learned(scores=scores, weights=weights)
+    with torch.no_grad():
+        dense.blocks[0].mlp.fc2.weight[:, 0] = 0.0  # neuron 0, which goes, says nothing
+    learned.weights["blocks.0.mlp.fc2.weight"][:, 0] = 0.0
+    vit = copy.deepcopy(dense)
+    uncut = method.cut_known(vit, batches, learned, {"blocks.0.mlp.neuron": 1 / 96})
+    assert uncut is not None
+    images = batches[0][0]
+    with torch.no_grad():
+        expected = dense.eval()(images)
+        assert (vit.eval()(images) - expected).abs().max() > 0.1
+        compensate(vit, uncut, batches, damping=1e-6)
+        torch.testing.assert_close(vit(images), expected, rtol=1e-4, atol=1e-4)
+    assert vit.shape().blocks[0].hidden == 95
