@@ -26,7 +26,7 @@ def demo(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Demo:
     """The demo, with fewer trials and images."""
     storage = tmp_path_factory.mktemp("demo")
     sets = ["trials=5", "ladder=3", "epochs=1", "halving=false", "data.calibration=64"]
-    sets.append(f'storage="{storage}"')
+    sets += ["budget=[0.06,0.8]", f'storage="{storage}"']  # so small that the front has two ends
     for split, images in (("train", 256), ("val", 200), ("test", 100)):
         path = storage / f"{split}.parquet"
         pq.write_table(pq.read_table(ROOT / f"search/sample/{split}.parquet")[:images], path)
