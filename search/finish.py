@@ -7,6 +7,7 @@ import dataclasses
 import ray
 
 from pruners import PrunableViT
+from search.prepare.task import cause_of, worker_task
 from search.records.atomic import writing_to
 from search.records.files import DONE, write_front, write_trials
 from search.records.front import Front, build_front
@@ -43,9 +44,7 @@ def finish(
             f"the dense model could not be measured: {failed.reason or failed.status}"
         )
     front = build_front(list(records.values()), sweep.cost)
-    measure = ray.remote(measure_on_test).options(
-        num_cpus=sweep.resources.cpu, num_gpus=sweep.resources.gpu, max_retries=sweep.max_failures
-    )
+    measure = worker_task(sweep, measure_on_test)
     names = [front.dense.trial, *(member.trial for member in front.members)]
     shared = ray.put(dense)
     pending = {
@@ -57,8 +56,8 @@ def finish(
         try:
             records[name] = dataclasses.replace(records[name], test_top1=ray.get(top1))
         except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None) or error
-            raise SweepFailedError(f"trial {name} could not be tested: {cause}") from error
+            reason = f"trial {name} could not be tested: {cause_of(error)}"
+            raise SweepFailedError(reason) from error
     served, unserved = served_models(serving)
     tested = sorted(records.values(), key=lambda r: r.trial)
     registration = Registration(

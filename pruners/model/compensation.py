@@ -75,12 +75,14 @@ def compensate(vit: ViT, uncut: Uncut, batches: Batches, damping: float = DAMPIN
     """
     device = next(vit.parameters()).device
     aim = uncut.vit if uncut.aim is None else uncut.aim
+    embed_alike = uncut.aim is None and uncut.channels is None
     with eval_mode(vit), eval_mode(uncut.vit), eval_mode(aim):
         streams = []
         for images, _ in batches:
             x = images.to(device)
-            own, whole = _exact(vit.embed(x)), _exact(aim.embed(x))
-            streams.append(_Streams(Tokens(own), own if torch.equal(own, whole) else whole))
+            own = _exact(vit.embed(x))
+            whole = own if embed_alike else _exact(aim.embed(x))
+            streams.append(_Streams(Tokens(own), whole))
         if not streams:
             raise ValueError(
                 "compensate is true, but there are no calibration images; give batches of images, "
@@ -91,8 +93,9 @@ def compensate(vit: ViT, uncut: Uncut, batches: Batches, damping: float = DAMPIN
         while solved and solved[-1].attn is None and solved[-1].mlp is None:
             solved.pop()  # nothing is left behind that could make up for it
         for index, block in enumerate(solved):
-            before = _exact(uncut.vit.blocks[index]).attn
-            queries = (before, uncut.query_rows[index]) if before and uncut.query_rows else None
+            queries = None
+            if uncut.query_rows and (before := _exact(uncut.vit.blocks[index]).attn) is not None:
+                queries = before, uncut.query_rows[index]
             walk.through(f"blocks.{index}", block, _exact(aim.blocks[index]), queries)
     for block, exact in zip(vit.blocks, solved, strict=False):
         if block is not exact:

@@ -39,6 +39,7 @@ from pruners.training.recipe import Recipe
 from search.data.images import Images
 from search.data.splits import calibration_batches, open_split, trial_device
 from search.prepare.learning import learning_data
+from search.prepare.task import cause_of, worker_task
 from search.records.digests import json_digest, tensors_digest
 from search.report.progress import HEARTBEAT_S
 from search.sweep.spec import Sweep, SweepFailedError
@@ -185,17 +186,14 @@ def tune_elastic(
     Raises:
         SweepFailedError: If it fails.
     """
-    tune = ray.remote(tune_once).options(
-        num_cpus=sweep.resources.cpu, num_gpus=sweep.resources.gpu, max_retries=sweep.max_failures
-    )
+    tune = worker_task(sweep, tune_once)
     task = tune.remote(sweep, dense, start, Path(sweep.storage).resolve() / FOLDER)
     while not ray.wait([task], timeout=HEARTBEAT_S)[0]:
         waiting()
     try:
         return ray.get(task)
     except ray.exceptions.RayError as error:
-        cause = getattr(error, "cause", None) or error
-        raise SweepFailedError(f"the elastic start failed: {cause}") from error
+        raise SweepFailedError(f"the elastic start failed: {cause_of(error)}") from error
 
 
 def tune_once(sweep: Sweep, dense: PrunableViT, start: ElasticStart, folder: Path) -> ElasticRun:

@@ -18,6 +18,7 @@ from pruners.families.learned import Learned, LearnedPruner
 from pruners.training.learner import LearningData
 from search.data.images import Images
 from search.data.splits import calibration_batches, open_split, trial_device
+from search.prepare.task import cause_of, worker_task
 from search.records.digests import json_digest, tensors_digest
 from search.report.progress import HEARTBEAT_S
 from search.space.allocation import Allocation, own_allocation
@@ -79,9 +80,7 @@ def learn_all(
     Raises:
         SweepFailedError: If a run fails.
     """
-    learn = ray.remote(learn_once).options(
-        num_cpus=sweep.resources.cpu, num_gpus=sweep.resources.gpu, max_retries=sweep.max_failures
-    )
+    learn = worker_task(sweep, learn_once)
     shared, folder = ray.put(dense), Path(sweep.storage).resolve() / FOLDER
     pending = {
         learn.remote(sweep, shared, step, pruner, folder): (step.label, pruner)
@@ -111,9 +110,8 @@ def _result(
     try:
         return ray.get(task)
     except ray.exceptions.RayError as error:
-        cause = getattr(error, "cause", None) or error
         verb = "learn" if isinstance(pruner, LearnedPruner) else "score the dense model"
-        raise SweepFailedError(f"{label} could not {verb}: {cause}") from error
+        raise SweepFailedError(f"{label} could not {verb}: {cause_of(error)}") from error
 
 
 def learn_once(

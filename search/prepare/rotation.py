@@ -16,6 +16,7 @@ from pruners.checkpoint import SHAPE
 from search.data.images import Images
 from search.data.splits import calibration_batches, open_split, trial_device
 from search.prepare.learning import FOLDER
+from search.prepare.task import cause_of, worker_task
 from search.records.digests import json_digest, tensors_digest
 from search.sweep.spec import Sweep, SweepFailedError
 
@@ -32,14 +33,13 @@ def turned(sweep: Sweep, dense: PrunableViT) -> PrunableViT:
     """
     if not sweep.model.rotate:
         return dense
-    turn = ray.remote(turn_once).options(
-        num_cpus=sweep.resources.cpu, num_gpus=sweep.resources.gpu, max_retries=sweep.max_failures
-    )
+    turn = worker_task(sweep, turn_once)
     try:
         path = ray.get(turn.remote(sweep, dense, Path(sweep.storage).resolve() / FOLDER))
     except ray.exceptions.RayError as error:
-        cause = getattr(error, "cause", None) or error
-        raise SweepFailedError(f"model.rotate: the model could not be turned: {cause}") from error
+        raise SweepFailedError(
+            f"model.rotate: the model could not be turned: {cause_of(error)}"
+        ) from error
     return PrunableViT.load(path)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 
+from search.prepare.task import cause_of
 from search.records.front import Front, cost_ratio
 from search.sweep.spec import Sweep, SweepFailedError
 from search.tracking.served import Served, make_served
@@ -47,7 +48,7 @@ def served_models(pending: Mapping[str, Any]) -> tuple[dict[str, Served], dict[s
         try:
             served[trial] = ray.get(model)
         except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None) or error
+            cause = cause_of(error)
             if isinstance(cause, SweepFailedError):
                 raise cause from error
             failed[trial] = " ".join(str(cause).split())[:500]

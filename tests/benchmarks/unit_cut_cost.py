@@ -22,6 +22,7 @@ from multiprocessing import get_context
 import torch
 from torch import Tensor
 from tuning import dense_model, plan_for
+from unit_cuts import METHODS
 
 from pruners import PrunableViT, load_method
 from pruners.families.learned import Learned
@@ -29,14 +30,6 @@ from pruners.families.unit import UnitPruner
 from pruners.training.fine_tune import FineTuner
 from pruners.training.recipe import Recipe
 
-METHODS: dict[str, tuple[str, dict[str, object]]] = {
-    "grouped, magnitude": ("grouped", {"criterion": "magnitude"}),
-    "grouped, Taylor": ("grouped", {"criterion": "taylor"}),
-    "grouped, Fisher": ("grouped", {"criterion": "fisher"}),
-    "grouped, CAP": ("grouped", {"criterion": "cap"}),
-    "surgeon": ("surgeon", {}),
-    "surgeon, width too": ("surgeon", {"units": ("head", "neuron", "width")}),
-}
 CALIBRATION, BATCH, STEPS = 512, 64, 6
 
 
